@@ -1,0 +1,106 @@
+"""The variant card: the rules of a released model as data, and the checks that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from cvx_core.config import Config, Positive
+from cvx_core.errors import Problem
+
+if TYPE_CHECKING:
+    from cvx_core.spec import Spec
+
+
+class Card(Config):
+    """What a predictor demands of the recipe around it. None: no rule.
+
+    Every value may be overridden in a recipe (`predictor: {card: {frames_step: 4}}`) by somebody who knows better.
+    """
+
+    frames_step: Positive = 4
+    """Legal frame counts are frames_step * N + 1."""
+    frames_max: int | None = None
+    """Largest legal frame count."""
+    size_step: Positive = 8
+    """Height and width must be multiples of this: the autoencoder's compression times the spatial patch."""
+    sizes: tuple[tuple[int, int], ...] | None = None
+    """The only legal (height, width) pairs; None allows any multiple of size_step."""
+    fps: int | None = None
+    """Frames per second the model was trained at; the default of video.fps."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Precision of the release; the default of dtype on accelerators."""
+    latent_scale: float | None = None
+    """The autoencoder's scale factor."""
+    image_latent: Literal["none", "scaled", "unscaled", "divided"] = "none"
+    """First-frame condition: none (text only); latent times latent_scale, as it is, or divided by latent_scale."""
+    snr_shift: float | None = None
+    """The scheduler's SNR shift."""
+    text_length: int | None = None
+    """Number of text tokens."""
+    text_dim: int | None = None
+    """Width of a text token's embedding."""
+    latent_channels: int | None = None
+    """Channels of a latent."""
+    patch_t: Positive = 1
+    """Latent frames per patch; a clip's latent is padded in front up to a multiple of it."""
+
+    def defaults(self) -> Mapping[tuple[str, str], Any]:
+        """Return {(section, field): value}: what a recipe gets where it says nothing."""
+        values = {
+            ("video", "fps"): self.fps,
+            ("autoencoder", "scale_factor"): self.latent_scale,
+            ("autoencoder", "latent_channels"): self.latent_channels,
+            ("scheduler", "snr_shift"): self.snr_shift,
+            ("text_encoder", "max_length"): self.text_length,
+            ("text_encoder", "dim"): self.text_dim,
+        }
+        return {key: value for key, value in values.items() if value is not None}
+
+    def check(self, spec: Spec) -> Iterable[Problem]:
+        """Yield what the recipe's geometry and other components disagree about with this card."""
+        yield from self._check_video(spec)
+        for (section, name), legal in self.defaults().items():
+            config = spec.config(section)
+            value = getattr(config, name, None)
+            if (section, name) != ("video", "fps") and value is not None and value != legal:
+                yield Problem(
+                    f"{section}.{name}",
+                    f"is {value}, but predictor {spec.name_of('predictor')!r} needs {legal}. "
+                    "Leave the field out to follow the predictor.",
+                )
+
+    def padding(self, latent_frames: int) -> int:
+        """Return how many latent frames go in front so that patches of patch_t frames fit."""
+        return -latent_frames % self.patch_t
+
+    def _check_video(self, spec: Spec) -> Iterable[Problem]:
+        video = spec.video
+        who = f"predictor {spec.name_of('predictor')!r}"
+        if (video.frames - 1) % self.frames_step or (self.frames_max and video.frames > self.frames_max):
+            limit = f" up to {self.frames_max}" if self.frames_max else ""
+            near = self._nearest_frames(video.frames)
+            yield Problem(
+                "video.frames",
+                f"got {video.frames}; {who} takes {self.frames_step}*N+1 frames{limit}. Nearest: {near}.",
+            )
+        size = (video.height, video.width)
+        if self.sizes is not None and size not in self.sizes:
+            legal = " or ".join(f"{h}x{w}" for h, w in self.sizes)
+            yield Problem("video", f"got {size[0]}x{size[1]} (height x width); {who} takes {legal} only.")
+            return
+        for name, value in zip(("height", "width"), size, strict=True):
+            if value % self.size_step:
+                low = value // self.size_step * self.size_step
+                legal = " or ".join(str(n) for n in (low, low + self.size_step) if n)
+                yield Problem(
+                    f"video.{name}", f"got {value}; {who} takes multiples of {self.size_step}. Nearest: {legal}."
+                )
+
+    def _nearest_frames(self, frames: int) -> str:
+        low = (frames - 1) // self.frames_step * self.frames_step + 1
+        if self.frames_max:
+            low = min(low, (self.frames_max - 1) // self.frames_step * self.frames_step + 1)
+        high = low + self.frames_step
+        near = [n for n in (low, high) if n > 0 and (not self.frames_max or n <= self.frames_max)]
+        return " or ".join(map(str, near))

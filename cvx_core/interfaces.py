@@ -1,0 +1,287 @@
+"""What each kind of component must offer, and the values that travel between them. Structural: nothing to inherit.
+
+Shape letters: B batch; C latent channels; F H W pixel frames, height, width; T h w latent frames, height, width;
+S video tokens; L text tokens; D width; E time-embedding width; N heads; K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from cvx_core.spec import Spec
+
+
+@dataclass(frozen=True)
+class Row:
+    """One item of a dataset, by reference. Paths are absolute.
+
+    id: unique in the dataset; captions: at least one unless the dataset has none; video, image: files or None;
+    make: draws the video of a synthetic row, (F,H,W,3) uint8, from (frames, height, width).
+    """
+
+    id: str
+    captions: tuple[str, ...] = ()
+    video: Path | None = None
+    image: Path | None = None
+    make: Callable[[int, int, int], Any] | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Batch(NamedTuple):
+    """Rows with their pixels. video (B,3,F,H,W) float32 in [-1,1]; image (B,3,H,W) likewise; each may be absent."""
+
+    rows: tuple[Row, ...]
+    prompts: tuple[str, ...]
+    video: Tensor | None = None
+    image: Tensor | None = None
+
+
+class Features(NamedTuple):
+    """What the predictor trains on. latent, image_latent (B,C,T,h,w) scaled; text_embeds (B,L,D); text_mask (B,L)."""
+
+    latent: Tensor
+    text_embeds: Tensor
+    text_mask: Tensor
+    image_latent: Tensor | None = None
+
+
+class Condition(NamedTuple):
+    """What a prediction is conditioned on; shapes as in Features."""
+
+    text_embeds: Tensor
+    text_mask: Tensor
+    image_latent: Tensor | None = None
+
+
+class Tokens(NamedTuple):
+    """What runs through a predictor's blocks.
+
+    video (B,S,D); text (B,L,D); temb (B,E); rope: (cos, sin), each (S,K) float32, or None; grid: (T,h,w) in patches.
+    """
+
+    video: Tensor
+    text: Tensor
+    temb: Tensor
+    rope: tuple[Tensor, Tensor] | None
+    grid: tuple[int, int, int]
+
+
+class TensorInfo(NamedTuple):
+    """Shape and dtype name (as in torch, e.g. "float32") of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A predictor's structure as data; every strategy reads it, so no model knows how it is parallelised.
+
+    blocks: name of the ModuleDict of blocks; attend: patterns of the modules with an `attend` slot; column, row:
+    patterns of linear layers whose outputs or inputs are split over tensor-parallel ranks; lora: default targets.
+    A pattern is an FQN with * for one component.
+    """
+
+    blocks: str
+    num_heads: int
+    attend: tuple[str, ...] = ()
+    column: tuple[str, ...] = ()
+    row: tuple[str, ...] = ()
+    lora: tuple[str, ...] = ()
+
+
+class Predictor(Protocol):
+    """An nn.Module that predicts the target from a noisy latent. Slots: split, join; on each block: run."""
+
+    blocks: Any  # the ModuleDict named by Plan.blocks is also reachable here
+
+    def embed(self, latent: Tensor, timestep: Tensor, cond: Condition) -> Tokens: ...
+    def head(self, tokens: Tokens) -> Tensor: ...
+    def forward(self, latent: Tensor, timestep: Tensor, cond: Condition) -> Tensor: ...
+
+
+class TextEncoder(Protocol):
+    """An nn.Module that embeds prompts."""
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return embeddings (B,L,D) and mask (B,L) bool, True where a token is real."""
+        ...
+
+    def unconditional(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return what stands for "no prompt", as encode does."""
+        ...
+
+
+class Autoencoder(Protocol):
+    """An nn.Module that maps video to latent and back. Tiling and slicing are config, not arguments."""
+
+    compression: tuple[int, int, int]  # frames, height, width
+    scale_factor: float
+
+    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the posterior's mean and standard deviation, unscaled, each (B,C,T,h,w)."""
+        ...
+
+    def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return a scaled latent: drawn from the posterior with `generator`, its mean without."""
+        ...
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Return the video (B,3,F,H,W) of a scaled latent."""
+        ...
+
+
+class NoiseSchedule(Protocol):
+    """Pure functions of the noise level. alpha_bar (1000,) float64."""
+
+    alpha_bar: Tensor
+
+    def add_noise(self, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor: ...
+    def target(self, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor: ...
+    def to_x0(self, prediction: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor: ...
+
+
+class Scheduler(Protocol):
+    """An immutable noise schedule with a sampler; there is no set_timesteps()."""
+
+    noise: NoiseSchedule
+
+    def draw(self, count: int, generator: torch.Generator, rank: int = 0, world: int = 1) -> Tensor:
+        """Return training timesteps (count,) int64 on the CPU."""
+        ...
+
+    def timesteps(self, steps: int) -> list[int]:
+        """Return the sampling timesteps, descending."""
+        ...
+
+    def step(
+        self,
+        prediction: Tensor,
+        index: int,
+        timesteps: Sequence[int],
+        latent: Tensor,
+        memory: Any,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Any]:
+        """Go from timesteps[index] to the next noise level; memory is None at first, then what the last step gave."""
+        ...
+
+    def guidance(self, scale: float, index: int, timesteps: Sequence[int]) -> float:
+        """Return the dynamic guidance weight at timesteps[index]."""
+        ...
+
+
+class Dataset(Protocol):
+    """Lists what exists; opens no media and imports no torch."""
+
+    def rows(self) -> Sequence[Row]: ...
+
+
+class Clip(Protocol):
+    """An open video file."""
+
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+
+    def frames(self, indices: Sequence[int]) -> Any:
+        """Return the frames (len(indices),height,width,3) as a uint8 array; indices ascend and may repeat."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Reader(Protocol):
+    """Opens video files."""
+
+    def open(self, path: Path) -> Clip: ...
+
+
+class ParamGroup(NamedTuple):
+    """Named parameters that share optimizer settings."""
+
+    params: list[tuple[str, Tensor]]
+    options: dict[str, Any]
+
+
+class Optimizer(Protocol):
+    """Makes torch optimizers."""
+
+    def build(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer: ...
+
+
+class Adapter(Protocol):
+    """Adds trainable parameters to a predictor."""
+
+    def apply(self, predictor: Any) -> list[str]:
+        """Change the predictor in place; return the FQNs left trainable."""
+        ...
+
+
+class Strategy(Protocol):
+    """Places parts on many devices through slots, DTensors and the callables of Parts; never renames a parameter."""
+
+    def apply(self, parts: Parts) -> Parts: ...
+
+
+@runtime_checkable
+class Format(Protocol):
+    """A container and layout on disk; knows no model. `names` is the rule table of (family, format)."""
+
+    def accepts(self, path: Path) -> bool: ...
+    def index(self, path: Path, names: Any = None) -> dict[str, TensorInfo]: ...
+    def read(
+        self, path: Path, names: Any = None, only: Sequence[str] | None = None
+    ) -> Iterator[tuple[str, Tensor]]: ...
+    def write(
+        self,
+        path: Path,
+        tensors: Iterable[tuple[str, Tensor]],
+        names: Any = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None: ...
+
+
+class Task(Protocol):
+    """The job of a recipe."""
+
+    def prepare(self, parts: Parts, spec: Spec) -> Parts:
+        """Fill the callables of Parts with their one-device defaults, before strategies replace them."""
+        ...
+
+    def run(self, parts: Parts, spec: Spec) -> None: ...
+
+
+@dataclass(frozen=True)
+class Deps:
+    """What a factory may read besides its own config: the recipe it is part of."""
+
+    spec: Spec | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a task works with. A strategy returns a changed copy (dataclasses.replace)."""
+
+    device: Any = None
+    predictor: Any = None
+    text_encoder: Any = None
+    autoencoder: Any = None
+    scheduler: Any = None
+    dataset: Any = None
+    adapter: Any = None
+    task: Any = None
+    mesh: Any = None
+    trainable: frozenset[str] = frozenset()
+    data_axes: tuple[str, ...] = ("dp_replicate", "dp_shard")
+    encode: Callable[..., Features] | None = None
+    forward_backward: Callable[..., Tensor] | None = None
+    make_optimizer: Callable[[Sequence[ParamGroup]], torch.optim.Optimizer] | None = None

@@ -1,0 +1,1 @@
+"""Mechanisms for files, names and video; plain arguments, no recipe types."""

@@ -1,0 +1,1 @@
+"""Mechanisms for running on many devices; plain arguments, no recipe types."""

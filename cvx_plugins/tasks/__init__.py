@@ -1,0 +1,12 @@
+"""Built-in tasks. The implementations import their libraries when they are built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cvx_core import Component, hookimpl
+
+
+@hookimpl
+def cvx_components() -> Iterable[Component]:
+    yield from ()
