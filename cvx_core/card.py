@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class Card(Config):
     """What a predictor demands of the recipe around it. None: no rule.
 
-    Every value may be overridden in a recipe (`predictor: {card: {frames_step: 4}}`) by somebody who knows better.
+    Every value may be overridden in a recipe (`predictor: {card: {frames_step: 4}}`) by somebody who knows
+    better.
     """
 
     frames_step: Positive = 4
@@ -33,7 +34,9 @@ class Card(Config):
     latent_scale: float | None = None
     """The autoencoder's scale factor."""
     image_latent: Literal["none", "scaled", "unscaled", "divided"] = "none"
-    """First-frame condition: none (text only); latent times latent_scale, as it is, or divided by latent_scale."""
+    """First-frame condition: none (text only); latent times latent_scale, as it is, or divided by
+    latent_scale.
+    """
     snr_shift: float | None = None
     """The scheduler's SNR shift."""
     text_length: int | None = None
@@ -94,7 +97,8 @@ class Card(Config):
                 low = value // self.size_step * self.size_step
                 legal = " or ".join(str(n) for n in (low, low + self.size_step) if n)
                 yield Problem(
-                    f"video.{name}", f"got {value}; {who} takes multiples of {self.size_step}. Nearest: {legal}."
+                    f"video.{name}",
+                    f"got {value}; {who} takes multiples of {self.size_step}. Nearest: {legal}.",
                 )
 
     def _nearest_frames(self, frames: int) -> str:

@@ -31,8 +31,8 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 class Config(BaseModel):
     """Typed fields of one component, kept beside the code that uses them.
 
-    Subclasses state fields with defaults, so that every config can be constructed bare. A field that holds another
-    component is named in `nested` with its kind; resolving fills it with a `Choice`.
+    Subclasses state fields with defaults, so that every config can be constructed bare. A field that holds
+    another component is named in `nested` with its kind; resolving fills it with a `Choice`.
     """
 
     model_config = ConfigDict(

@@ -1,7 +1,8 @@
-"""What each kind of component must offer, and the values that travel between them. Structural: nothing to inherit.
+"""What each kind of component must offer, and the values that travel between them. Structural: nothing to
+inherit.
 
-Shape letters: B batch; C latent channels; F H W pixel frames, height, width; T h w latent frames, height, width;
-S video tokens; L text tokens; D width; E time-embedding width; N heads; K head width.
+Shape letters: B batch; C latent channels; F H W pixel frames, height, width; T h w latent frames, height,
+width; S video tokens; L text tokens; D width; E time-embedding width; N heads; K head width.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 class Row:
     """One item of a dataset, by reference. Paths are absolute.
 
-    id: unique in the dataset; captions: at least one unless the dataset has none; video, image: files or None;
-    make: draws the video of a synthetic row, (F,H,W,3) uint8, from (frames, height, width).
+    id: unique in the dataset; captions: at least one unless the dataset has none; video, image: files or
+    None; make: draws the video of a synthetic row, (F,H,W,3) uint8, from (frames, height, width).
     """
 
     id: str
@@ -35,7 +36,9 @@ class Row:
 
 
 class Batch(NamedTuple):
-    """Rows with their pixels. video (B,3,F,H,W) float32 in [-1,1]; image (B,3,H,W) likewise; each may be absent."""
+    """Rows with their pixels. video (B,3,F,H,W) float32 in [-1,1]; image (B,3,H,W) likewise; each may be
+    absent.
+    """
 
     rows: tuple[Row, ...]
     prompts: tuple[str, ...]
@@ -44,7 +47,9 @@ class Batch(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What the predictor trains on. latent, image_latent (B,C,T,h,w) scaled; text_embeds (B,L,D); text_mask (B,L)."""
+    """What the predictor trains on. latent, image_latent (B,C,T,h,w) scaled; text_embeds (B,L,D); text_mask
+    (B,L).
+    """
 
     latent: Tensor
     text_embeds: Tensor
@@ -63,7 +68,8 @@ class Condition(NamedTuple):
 class Tokens(NamedTuple):
     """What runs through a predictor's blocks.
 
-    video (B,S,D); text (B,L,D); temb (B,E); rope: (cos, sin), each (S,K) float32, or None; grid: (T,h,w) in patches.
+    video (B,S,D); text (B,L,D); temb (B,E); rope: (cos, sin), each (S,K) float32, or None; grid: (T,h,w) in
+    patches.
     """
 
     video: Tensor
@@ -84,9 +90,9 @@ class TensorInfo(NamedTuple):
 class Plan:
     """A predictor's structure as data; every strategy reads it, so no model knows how it is parallelised.
 
-    blocks: name of the ModuleDict of blocks; attend: patterns of the modules with an `attend` slot; column, row:
-    patterns of linear layers whose outputs or inputs are split over tensor-parallel ranks; lora: default targets.
-    A pattern is an FQN with * for one component.
+    blocks: name of the ModuleDict of blocks; attend: patterns of the modules with an `attend` slot; column,
+    row: patterns of linear layers whose outputs or inputs are split over tensor-parallel ranks; lora: default
+    targets. A pattern is an FQN with * for one component.
     """
 
     blocks: str
@@ -170,7 +176,9 @@ class Scheduler(Protocol):
         memory: Any,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Any]:
-        """Go from timesteps[index] to the next noise level; memory is None at first, then what the last step gave."""
+        """Go from timesteps[index] to the next noise level; memory is None at first, then what the last step
+        gave.
+        """
         ...
 
     def guidance(self, scale: float, index: int, timesteps: Sequence[int]) -> float:
@@ -227,7 +235,9 @@ class Adapter(Protocol):
 
 
 class Strategy(Protocol):
-    """Places parts on many devices through slots, DTensors and the callables of Parts; never renames a parameter."""
+    """Places parts on many devices through slots, DTensors and the callables of Parts; never renames a
+    parameter.
+    """
 
     def apply(self, parts: Parts) -> Parts: ...
 

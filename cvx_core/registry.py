@@ -37,9 +37,9 @@ KINDS: tuple[str, ...] = get_args(Kind)
 class Component:
     """One thing a recipe can name.
 
-    kind: one of KINDS; name: what a recipe writes after `use:`, kebab-case; config: its typed fields (None for names
-    tables); target: "package.module:object", imported only when it is built; preset: default field values of this
-    name; summary: one line for `--list`.
+    kind: one of KINDS; name: what a recipe writes after `use:`, kebab-case; config: its typed fields (None
+    for names tables); target: "package.module:object", imported only when it is built; preset: default field
+    values of this name; summary: one line for `--list`.
     """
 
     kind: Kind
@@ -96,7 +96,9 @@ class Registry:
         failures: Iterable[Failure] = (),
         torch_importers: Iterable[str] = (),
     ):
-        """Take components, each alone or with the package it came from. Raises PluginError on a name given twice."""
+        """Take components, each alone or with the package it came from. Raises PluginError on a name given
+        twice.
+        """
         self.failures = tuple(failures)
         self.torch_importers = tuple(torch_importers)
         self._components: dict[tuple[str, str], Component] = {}
@@ -131,7 +133,7 @@ class Registry:
         return cls(found, failures, torch_importers)
 
     def get(self, kind: str, name: str) -> Component:
-        """Return a component. Raises PluginError with the nearest name, and the plugins that failed to load."""
+        """Return a component. Raises PluginError with the nearest name and the plugins that failed."""
         if (kind, name) in self._components:
             return self._components[kind, name]
         names = self.names(kind)
@@ -152,7 +154,9 @@ class Registry:
     def _add(self, component: Component, package: str) -> None:
         if component.kind not in KINDS:
             hint = did_you_mean(component.kind, KINDS)
-            raise PluginError(f"{package}: component {component.name!r} has unknown kind {component.kind!r}.{hint}")
+            raise PluginError(
+                f"{package}: component {component.name!r} has unknown kind {component.kind!r}.{hint}"
+            )
         key = (component.kind, component.name)
         if key in self._components:
             raise PluginError(

@@ -1,12 +1,189 @@
-"""Built-in tasks. The implementations import their libraries when they are built."""
+"""The built-in tasks: their fields and the sections they read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar, Literal
 
-from cvx_core import Component, hookimpl
+from pydantic import Field, model_validator
+
+from cvx_core import Component, InputPath, Problem, hookimpl
+from cvx_core.config import NonNegative, Positive, Probability
+from cvx_core.run_config import TaskConfig
+from cvx_core.spec import Spec
+
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+Schedule = Literal["constant", "linear", "cosine", "cosine-restarts", "polynomial"]
+MODELS = ("predictor", "text_encoder", "autoencoder", "scheduler")
+
+
+class LoopConfig(TaskConfig):
+    """The optimisation loop, shared by the tasks that train."""
+
+    steps: Positive = 1000
+    """Optimizer steps of the whole run; the learning-rate schedule is laid out over them."""
+    stop_at: Positive | None = None
+    """Save and stop after this step, the schedule still laid out over `steps`."""
+    accumulate: Positive = 1
+    """Batches per optimizer step."""
+    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest global gradient norm; null does not clip."""
+    schedule: Schedule = "constant"
+    """Learning rate after the warm-up."""
+    warmup: NonNegative = 0
+    """Steps of linear warm-up from zero."""
+    restarts: Positive = 1
+    """Cycles of the `cosine-restarts` schedule."""
+    power: NonNegativeFloat = 1.0
+    """Exponent of the `polynomial` schedule."""
+    final_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of a decaying schedule, as a share of the optimizer's."""
+    log_every: Positive = 1
+    """Steps between lines in log.jsonl."""
+    save_every: Positive | None = None
+    """Steps between checkpoints; null saves at the end only."""
+    keep: Positive = 2
+    """Newest checkpoints that are kept."""
+    resume: Literal["none", "auto"] | InputPath = "none"
+    """`auto`: go on from the newest complete checkpoint in the output folder, if any; or the path of one."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars beside log.jsonl."""
+    export: Any = None
+    """Format of the final weights in <output>/model; null leaves only checkpoints."""
+
+    nested: ClassVar = {"export": "format"}
+
+    @model_validator(mode="after")
+    def _stop_within(self) -> LoopConfig:
+        if self.stop_at is not None and self.stop_at > self.steps:
+            raise ValueError(f"stop_at {self.stop_at} is past steps {self.steps}; leave it out.")
+        if self.warmup > self.steps:
+            raise ValueError(f"warmup {self.warmup} is longer than steps {self.steps}; shorten it.")
+        return self
+
+
+class TrainConfig(LoopConfig):
+    """Train a predictor, from its weights or from scratch, on the scheduler's target."""
+
+    needs: ClassVar = (*MODELS, "dataset", "reader", "optimizer", "loader")
+    optional: ClassVar = ("adapter",)
+    trains: ClassVar = "predictor"
+
+    text_dropout: Probability = 0.1
+    """Probability, per row, of training without its text."""
+    image_dropout: Probability = 0.05
+    """Probability, per row, of training without its image (image-to-video only)."""
+    image_noise: tuple[float, float] | None = (-3.0, 0.5)
+    """Mean and standard deviation of the log of the pixel noise on the image; null adds none."""
+    memory: bool = False
+    """Encode each row once and keep its latent moments and text in memory: for data sets of a few thousand
+    clips.
+    """
+    export_whole: bool = False
+    """Export text encoder, autoencoder and scheduler beside the predictor, as one pipeline folder."""
+
+    def check(self, spec: Spec) -> Iterable[Problem]:
+        if self.memory and spec.video.start == "random":
+            yield Problem("memory", "keeps one latent per row, so video.start must be 'first' or 'center'.")
+        if self.export_whole and self.export is None:
+            yield Problem(
+                "export_whole", "has nothing to do without `export: {use: hf}`. Add it, or leave this out."
+            )
+
+
+class SampleConfig(TaskConfig):
+    """Sample videos from prompts, and from images for an image-to-video predictor."""
+
+    needs: ClassVar = (*MODELS, "dataset")
+    optional: ClassVar = ("adapter",)
+
+    steps: Positive = 50
+    """Sampling steps."""
+    guidance: NonNegativeFloat = 6.0
+    """Classifier-free guidance scale; 1 needs no unconditional prediction."""
+    dynamic_guidance: bool = False
+    """Let the guidance weight follow the timestep."""
+    negative_prompt: str | None = None
+    """What the unconditional prediction is conditioned on; null: the text encoder's unconditional embedding.
+    """
+    videos_per_prompt: Positive = 1
+    """Videos per prompt, each with its own seed."""
+    batch: Positive = 1
+    """Videos sampled at a time."""
+    initial_noise: InputPath | None = None
+    """A safetensors file with one starting noise (C,T,h,w) per video, named by its number from 0."""
+    save_latents: bool = False
+    """Write NAME.safetensors with the final latent (C,T,h,w) beside each video."""
+    formats: tuple[Literal["mp4", "gif", "png"], ...] = ("mp4",)
+    """Files per video; png is a sheet of its frames."""
+    sheet: bool = False
+    """Write sheet.png, a contact sheet of every video."""
+    overwrite: bool = False
+    """Replace videos that another recipe wrote to the same place."""
+
+    def check(self, spec: Spec) -> Iterable[Problem]:
+        yield from _needs_weights(spec, "predictor", "samples noise")
+        yield from _needs_weights(spec, "autoencoder", "decodes noise")
+
+
+class EvaluateConfig(TaskConfig):
+    """Measure the loss per timestep band and the autoencoder's reconstruction."""
+
+    needs: ClassVar = (*MODELS, "dataset", "reader", "loader")
+    optional: ClassVar = ("adapter",)
+
+    bands: Annotated[int, Field(ge=1, le=1000)] = 10
+    """Equal bands of timesteps."""
+    draws: Positive = 1
+    """Noise draws per row and band."""
+    rows: Positive | None = None
+    """Rows that are used; null uses all."""
+
+    def check(self, spec: Spec) -> Iterable[Problem]:
+        yield from _needs_weights(spec, "predictor", "measures noise")
+        yield from _needs_weights(spec, "autoencoder", "measures noise")
+
+
+class TrainAutoencoderConfig(LoopConfig):
+    """Train or fine-tune an autoencoder: reconstruction plus a weak pull of the latent to a unit Gaussian."""
+
+    needs: ClassVar = ("autoencoder", "dataset", "reader", "optimizer", "loader")
+    trains: ClassVar = "autoencoder"
+
+    reconstruction: Literal["l1", "l2"] = "l1"
+    """Distance between the video and its reconstruction."""
+    kl_weight: NonNegativeFloat = 1e-6
+    """Weight of the KL divergence, per latent element."""
+
+
+def _needs_weights(spec: Spec, section: str, verb: str) -> Iterable[Problem]:
+    choice = spec.choices.get(section)
+    if choice is not None and choice.weights is None:
+        path = f"{section}: {{weights: {{use: hf, path: ...}}}}"
+        yield Problem(
+            "", f"{section} {choice.name!r} has no weights, so this {verb}. Add `{path}` or `model: PATH`."
+        )
 
 
 @hookimpl
 def cvx_components() -> Iterable[Component]:
-    yield from ()
+    yield Component(
+        "task", "train", TrainConfig, "cvx_plugins.tasks.train:Train", summary="train a predictor"
+    )
+    yield Component(
+        "task", "sample", SampleConfig, "cvx_plugins.tasks.sample:Sample", summary="sample videos"
+    )
+    yield Component(
+        "task",
+        "evaluate",
+        EvaluateConfig,
+        "cvx_plugins.tasks.evaluate:Evaluate",
+        summary="loss per timestep band and reconstruction PSNR",
+    )
+    yield Component(
+        "task",
+        "train-autoencoder",
+        TrainAutoencoderConfig,
+        "cvx_plugins.tasks.train_autoencoder:TrainAutoencoder",
+        summary="train or fine-tune an autoencoder",
+    )

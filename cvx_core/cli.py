@@ -1,0 +1,62 @@
+"""The console script `cvx`: short verbs for the same calls as `python -m`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from cvx_core import run
+from cvx_core.errors import did_you_mean
+
+EXAMPLES = """examples:
+  cvx run recipe.yaml --set task.steps=100
+  cvx check recipe.yaml
+  cvx plugins predictor
+  cvx schema > cvx.schema.json
+"""
+
+
+def _check(argv: Sequence[str]) -> int:
+    return run.main([*argv, "--check"])
+
+
+def _plugins(argv: Sequence[str]) -> int:
+    return run.main(["--list", *argv])
+
+
+def _schema(argv: Sequence[str]) -> int:
+    return run.main(["--schema", *argv])
+
+
+VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "run": (run.main, "run a recipe"),
+    "check": (_check, "resolve and check a recipe, build nothing"),
+    "plugins": (_plugins, "list the installed components, all or of one kind"),
+    "schema": (_schema, "print a JSON Schema of recipes"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Dispatch a verb; everything after it goes to the verb. Returns its exit code, 2 for an unknown verb."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in VERBS:
+        return VERBS[argv[0]][0](argv[1:])
+    verbs = "\n".join(f"  {name:10}{text}" for name, (_, text) in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="cvx",
+        usage="cvx VERB ...",
+        description=f"verbs:\n{verbs}",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if argv and not argv[0].startswith("-"):
+        print(f"cvx: no verb {argv[0]!r}.{did_you_mean(argv[0], VERBS)} See cvx --help.", file=sys.stderr)
+        return 2
+    parser.parse_args(argv)
+    parser.print_help()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""From parts on meta to parts on devices: strategies by stage, memory, then weights or initial values."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cvx_core.build import MODULES
+from cvx_core.errors import PluginError
+from cvx_core.interfaces import Deps, Parts
+from cvx_core.random import keyed
+from cvx_core.registry import Choice
+from cvx_core.spec import Spec
+from cvx_core.weights import check_index, copy_into
+
+log = logging.getLogger("cvx")
+
+
+class Stage(IntEnum):
+    """When a strategy is applied; the order in a recipe's list does not matter."""
+
+    ADAPT = 0
+    PIPELINE = 1
+    TENSOR = 2
+    CONTEXT = 3
+    AUTOENCODER = 4
+    RUN = 5
+    COMPILE = 6
+    SHARD = 7
+    FEED = 8
+
+
+def place(parts: Parts, spec: Spec) -> Parts:
+    """Apply the recipe's strategies, give every module memory, and fill it with weights.
+
+    Raises FormatError listing names where a weights file does not fit; nothing is loaded then.
+    """
+    parts = parts.task.prepare(parts, spec)
+    for choice in sorted(spec.parallel, key=lambda choice: choice.config.stage):
+        parts = choice.build(Deps(spec)).apply(parts)
+    for section in MODULES:
+        module = getattr(parts, section)
+        if module is not None:
+            module.to_empty(device=parts.device)
+            fill(module, spec.choices[section], spec, section)
+    return replace(parts)
+
+
+def fill(module: nn.Module, choice: Choice, spec: Spec, section: str) -> None:
+    """Load a module's weights from the recipe's format, or initialise them from the seed."""
+    if choice.weights is None:
+        initialise(module, spec.run.seed)
+        count = sum(p.numel() for p in module.parameters())
+        log.info(
+            "%s: %s initialised from seed %d (%s parameters)",
+            section,
+            choice.name,
+            spec.run.seed,
+            f"{count:,}",
+        )
+        return
+    source = choice.weights
+    container, names = source.build(Deps(spec)), _names(choice, spec)
+    path = source.config.path
+    wanted = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    aliases: Mapping[str, str] = getattr(module, "aliases", {})
+    coverage = check_index(container.index(path, names), wanted, path, aliases)
+    with torch.no_grad():
+        copy_into(
+            dict(module.named_parameters()), container.read(path, names, list(coverage.consumed)), aliases
+        )
+    log.info("%s: %s", section, coverage.summary())
+
+
+def _names(choice: Choice, spec: Spec) -> Any:
+    """Return the rule table of (family, format); None where the format's names are the canonical ones."""
+    assert choice.weights is not None
+    family = getattr(choice.config, "family", choice.name)
+    key = f"{family}:{choice.weights.name}"
+    if key in spec.registry.names("names"):
+        return spec.registry.get("names", key).load()
+    if getattr(choice.weights.config, "canonical", False):
+        return None
+    who = f"{choice.component.kind} {choice.name!r}"
+    raise PluginError(f"no names table {key!r}; {who} cannot be read from {choice.weights.name!r}.")
+
+
+def initialise(module: nn.Module, seed: int) -> None:
+    """Fill every parameter from (seed, its name), so that no layout or order of creation changes a value."""
+    custom = getattr(module, "initial", None)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            generator = keyed(seed, "parameter", name)
+            value = custom(name, tuple(parameter.shape), generator) if custom is not None else None
+            parameter.copy_(
+                default_initial(name, tuple(parameter.shape), generator) if value is None else value
+            )
+
+
+def default_initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return zeros for a bias, ones for a norm's weight, else uniform in +-1/sqrt(fan_in), float32."""
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if len(shape) < 2:
+        return torch.ones(shape)
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

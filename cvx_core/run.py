@@ -1,0 +1,112 @@
+"""`python -m cvx_core.run recipe.yaml`: load, resolve, build, place, run - and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+from cvx_core.errors import CvxError
+from cvx_core.recipe import load
+from cvx_core.registry import KINDS, Registry
+from cvx_core.spec import Spec, resolve
+
+EXAMPLES = """examples:
+  python -m cvx_core.run recipe.yaml
+  python -m cvx_core.run recipe.yaml --set task.steps=100 --set optimizer.lr=1e-5
+  python -m cvx_core.run recipe.yaml --check       say what is wrong, build nothing
+  python -m cvx_core.run --list                    every component that is installed
+  python -m cvx_core.run --list predictor
+  python -m cvx_core.run --schema > cvx.schema.json   for completion in editors
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a recipe. Returns 0, or 2 after printing an error that the user can act on."""
+    args = _parser().parse_args(argv)
+    try:
+        return _run(args)
+    except CvxError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def run(spec: Spec) -> None:
+    """Build, place and run a spec: the library's form of the command."""
+    from cvx_core.build import build
+    from cvx_core.place import place
+
+    parts = place(build(spec), spec)
+    parts.task.run(parts, spec)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.list is not None:
+        print(listing(Registry.discover(), args.list or None))
+        return 0
+    if args.schema:
+        from cvx_core.schema import schema
+
+        print(json.dumps(schema(Registry.discover()), indent=1))
+        return 0
+    if args.recipe is None:
+        raise CvxError("no recipe given. Try: python -m cvx_core.run recipe.yaml, or --help.")
+    spec = resolve(load(args.recipe, args.set))
+    if args.check:
+        print(report(spec))
+        return 0
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("cvx").info("%s", report(spec))
+    run(spec)
+    return 0
+
+
+def report(spec: Spec) -> str:
+    """Return what a recipe resolves to, a line each."""
+    video = spec.video
+    lines = [f"{spec.recipe.source}: ok ({spec.digest})"]
+    lines += [f"  {note}" for note in spec.notes]
+    chosen = ", ".join(f"{section} {choice.name}" for section, choice in spec.choices.items())
+    lines.append(f"  {chosen}")
+    lines.append(f"  video {video.frames} frames of {video.height}x{video.width} at {video.fps:g} fps")
+    lines.append(f"  output {spec.output}")
+    return "\n".join(lines)
+
+
+def listing(registry: Registry, kind: str | None) -> str:
+    """Return the installed components, and the plugins that failed to load."""
+    if kind is not None and kind not in KINDS:
+        raise CvxError(f"no kind {kind!r}. Kinds: {', '.join(KINDS)}.")
+    rows = [(c.kind, c.name, package, c.summary) for c, package in registry.all(kind)]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+    lines = [
+        "  ".join([*(text.ljust(w) for text, w in zip(row, widths, strict=False)), row[3]]).rstrip()
+        for row in rows
+    ]
+    lines += [f"broken: plugin {f.plugin!r} of {f.package}: {f.error}" for f in registry.failures]
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cvx_core.run",
+        description="Run a recipe: train, sample, evaluate.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", nargs="?", help="path of a recipe")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="replace one value of it"
+    )
+    parser.add_argument("--check", action="store_true", help="resolve and check the recipe, then stop")
+    parser.add_argument(
+        "--list", nargs="?", const="", metavar="KIND", help="list components, all or of one kind"
+    )
+    parser.add_argument("--schema", action="store_true", help="print a JSON Schema of recipes")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""The optimisation loop: accumulate, clip, step, log, save, resume. Knows neither model nor loss."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from cvx_io.loader import Cursor, Loader
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from cvx_core import device as devices
+from cvx_core.errors import CvxError
+from cvx_core.interfaces import Batch, ParamGroup, Parts
+from cvx_core.spec import Spec
+from cvx_io import resume
+from cvx_io.atomic import write_text
+from cvx_io.log import RunLog
+from cvx_plugins.tasks import LoopConfig
+from cvx_plugins.tasks.progress import progress
+from cvx_plugins.tasks.schedule import lr_scale
+
+log = logging.getLogger("cvx")
+StepFunction = Callable[[Batch, int], Tensor]
+"""(batch, number of the batch since the start) -> loss; leaves gradients of loss / accumulate."""
+
+
+class Loop:
+    """One training run of one module."""
+
+    def __init__(self, config: LoopConfig, parts: Parts, spec: Spec, module: nn.Module):
+        assert parts.make_optimizer is not None
+        self._config, self._spec, self._module, self._device = config, spec, module, parts.device
+        self._named = [(name, p) for name, p in module.named_parameters() if name in parts.trainable]
+        self._optimizer = parts.make_optimizer([ParamGroup(self._named, {})])
+        for group in self._optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        self._folder = spec.output / "checkpoints"
+
+    def run(self, loader: Loader, step_function: StepFunction) -> bool:
+        """Train up to `steps` or `stop_at`. Returns whether `steps` was reached; saves in every case."""
+        config = self._config
+        step, cursor = self._resume(loader)
+        last = config.stop_at or config.steps
+        write_text(self._spec.output / "recipe.resolved.yaml", self._spec.to_yaml())
+        records = RunLog(self._spec.output, step, config.tensorboard)
+        batches = loader.iterate(cursor)
+        saved = step
+        with progress("train", last, step) as bar, _stop_requested() as stopping:
+            while step < last and not stopping():
+                began = time.perf_counter()
+                cursor, loss, rows = self._accumulate(batches, step, step_function)
+                norm = self._update(step)
+                step += 1
+                if step % config.log_every == 0 or step == last:
+                    exact = {"loss": loss, "lr": self._lr(), "grad_norm": norm, "rows": rows}
+                    records.write(step, exact, self._speed(began, len(rows)))
+                bar.step(f"loss {loss:.4f}")
+                if config.save_every is not None and step % config.save_every == 0:
+                    saved = self._save(step, cursor)
+        if saved != step:
+            self._save(step, cursor)
+        records.close()
+        return step == config.steps
+
+    def _accumulate(
+        self, batches: Iterator[tuple[Cursor, Batch]], step: int, step_function: StepFunction
+    ) -> tuple[Cursor, float, list[str]]:
+        """Run the batches of one optimizer step; return the cursor after them, their mean loss and their
+        rows.
+        """
+        total, rows = 0.0, []
+        for k in range(self._config.accumulate):
+            cursor, batch = next(batches)
+            loss = float(step_function(batch, step * self._config.accumulate + k))
+            names = [row.id for row in batch.rows]
+            if not math.isfinite(loss):
+                raise CvxError(
+                    f"step {step + 1}: the loss is {loss} on rows {', '.join(names)}. "
+                    "Nothing of this step was kept; lower optimizer.lr, or look at these clips."
+                )
+            total += loss / self._config.accumulate
+            rows += names
+        return cursor, total, rows
+
+    def _update(self, step: int) -> float:
+        """Clip, step and clear the gradients; return the norm before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_scale(step, self._config)
+        params = [p for _, p in self._named]
+        norm = float(nn.utils.clip_grad_norm_(params, self._config.grad_clip or math.inf))
+        if not math.isfinite(norm):
+            bad = [name for name, p in self._named if p.grad is not None and not torch.isfinite(p.grad).all()]
+            raise CvxError(
+                f"step {step + 1}: {len(bad)} gradients are not finite, first {bad[0]!r}. Lower the lr."
+            )
+        if norm == 0.0:
+            raise CvxError(
+                f"step {step + 1}: every gradient is zero, so nothing would be learned. Is all of it frozen?"
+            )
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _lr(self) -> float:
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def _speed(self, began: float, rows: int) -> dict[str, float]:
+        devices.synchronize(self._device)
+        seconds = time.perf_counter() - began
+        return {
+            "seconds": seconds,
+            "rows_per_second": rows / seconds,
+            "peak_memory_gb": devices.peak_memory(self._device) / 1e9,
+        }
+
+    def _save(self, step: int, cursor: Cursor) -> int:
+        model, optimizer = get_state_dict(self._module, self._optimizer)
+        record = {"cursor": cursor._asdict(), "recipe": self._spec.resolved, "digest": self._spec.digest}
+        path = resume.save(
+            self._folder, step, {"model": model, "optimizer": optimizer}, record, self._config.keep
+        )
+        log.info("saved %s", path)
+        return step
+
+    def _resume(self, loader: Loader) -> tuple[int, Cursor]:
+        """Restore the checkpoint that the recipe asks for; return the step and where the data goes on."""
+        path = resume.find(self._folder, self._config.resume)
+        if path is None:
+            return 0, Cursor()
+        manifest = resume.read_manifest(path)
+        model, optimizer = get_state_dict(self._module, self._optimizer)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        resume.restore(path, state)
+        set_state_dict(
+            self._module,
+            self._optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        log.info("resumed from %s", path)
+        for line in changes(manifest["recipe"], self._spec.resolved):
+            log.info("  %s", line)
+        return int(manifest["step"]), Cursor(**manifest["cursor"])
+
+
+def changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """Yield "key: old -> new" for every value in which two resolved recipes differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path}: {old} -> {new}"
+
+
+@contextmanager
+def _stop_requested() -> Iterator[Callable[[], bool]]:
+    """Turn the first interrupt or termination into a request to stop after the step; a second one acts at
+    once.
+    """
+    received: list[int] = []
+    before = {}
+
+    def note(number: int, _frame: Any) -> None:
+        received.append(number)
+        log.info("stopping after this step; the run is saved. Once more stops at once.")
+        signal.signal(number, before[number])
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not in the main thread: signals are the caller's business
+        pass
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["Loop", "StepFunction", "changes"]

@@ -1,0 +1,107 @@
+"""Train a predictor: draw a timestep and noise, predict the target, mean squared error in float32."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cvx_core.interfaces import Batch, Condition, Deps, Features, Parts
+from cvx_core.random import keyed
+from cvx_core.spec import Spec
+from cvx_plugins.tasks import TrainConfig
+from cvx_plugins.tasks.encode import Encoder
+from cvx_plugins.tasks.export import export_model
+from cvx_plugins.tasks.loop import Loop
+from cvx_plugins.tasks.rows import make_loader
+
+log = logging.getLogger("cvx")
+
+
+class Train:
+    """The `train` task."""
+
+    def __init__(self, config: TrainConfig, deps: Deps):
+        self._config = config
+
+    def prepare(self, parts: Parts, spec: Spec) -> Parts:
+        """Fill `encode` and `forward_backward` with their one-device forms."""
+        config = self._config
+        encoder = Encoder(parts, spec.card, config.image_noise, config.memory)
+
+        def forward_backward(features: Features, generator: torch.Generator) -> Tensor:
+            return diffusion_loss(parts, features, generator, config.accumulate)
+
+        return replace(parts, encode=encoder, forward_backward=forward_backward)
+
+    def run(self, parts: Parts, spec: Spec) -> None:
+        """Train to `steps`, or `stop_at`; write log, checkpoints and the export."""
+        assert parts.encode is not None
+        assert parts.forward_backward is not None
+        encode, forward_backward = parts.encode, parts.forward_backward
+        needed = getattr(encode, "remembers", None)
+        loader = make_loader(parts, spec, skip_pixels=needed if self._config.memory else None)
+        seed = spec.run.seed
+
+        def step(batch: Batch, number: int) -> Tensor:
+            features = encode(batch, keyed(seed, "features", number))
+            features = self._drop(features, parts, keyed(seed, "dropout", number))
+            return forward_backward(features, keyed(seed, "noise", number))
+
+        parts.predictor.train()
+        finished = Loop(self._config, parts, spec, parts.predictor).run(loader, step)
+        if finished and self._config.export is not None:
+            export_model(parts, spec, self._config.export, whole=self._config.export_whole)
+
+    def _drop(self, features: Features, parts: Parts, generator: torch.Generator) -> Features:
+        """Drop text and image of some rows, so that guidance has an unconditional prediction to use."""
+        count = len(features.latent)
+        text = torch.rand(count, generator=generator) < self._config.text_dropout
+        image = torch.rand(count, generator=generator) < self._config.image_dropout
+        if text.any():
+            embeds, mask = features.text_embeds.clone(), features.text_mask.clone()
+            empty_embeds, empty_mask = parts.text_encoder.unconditional(1)
+            embeds[text], mask[text] = empty_embeds.to(embeds), empty_mask.to(mask)
+            features = features._replace(text_embeds=embeds, text_mask=mask)
+        if features.image_latent is not None and image.any():
+            kept = features.image_latent.clone()
+            kept[image] = 0
+            features = features._replace(image_latent=kept)
+        return features
+
+
+def diffusion_loss(
+    parts: Parts, features: Features, generator: torch.Generator, accumulate: int = 1
+) -> Tensor:
+    """Return the loss of one batch after leaving its gradients, divided by `accumulate`.
+
+    The reference weights the error of x0 by 1 / (1 - alpha_bar), which is the plain error of v.
+    """
+    loss = prediction_loss(parts, features, generator).mean()
+    (loss / accumulate).backward()
+    return loss.detach()
+
+
+def prediction_loss(
+    parts: Parts, features: Features, generator: torch.Generator, timestep: Tensor | None = None
+) -> Tensor:
+    """Return the mean squared error per row (B,), float32. Timesteps are drawn where none are given."""
+    latent = features.latent
+    if timestep is None:
+        timestep = parts.scheduler.draw(len(latent), generator)
+    timestep = timestep.to(latent.device)
+    noise = torch.randn(latent.shape, generator=generator).to(latent.device)
+    schedule = parts.scheduler.noise
+    noisy = schedule.add_noise(latent.float(), noise, timestep)
+    target = schedule.target(latent.float(), noise, timestep)
+    dtype = next(parts.predictor.parameters()).dtype
+    condition = Condition(
+        features.text_embeds.to(dtype),
+        features.text_mask,
+        features.image_latent.to(dtype) if features.image_latent is not None else None,
+    )
+    prediction = parts.predictor(noisy.to(dtype), timestep, condition)
+    return F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)

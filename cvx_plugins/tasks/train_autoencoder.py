@@ -1,0 +1,54 @@
+"""Train an autoencoder: reconstruction plus a weak pull of the posterior towards a unit Gaussian."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cvx_core.interfaces import Batch, Deps, Parts
+from cvx_core.random import keyed
+from cvx_core.spec import Spec
+from cvx_plugins.tasks import TrainAutoencoderConfig
+from cvx_plugins.tasks.export import export_component
+from cvx_plugins.tasks.loop import Loop
+from cvx_plugins.tasks.rows import make_loader
+
+
+class TrainAutoencoder:
+    """The `train-autoencoder` task."""
+
+    def __init__(self, config: TrainAutoencoderConfig, deps: Deps):
+        self._config = config
+
+    def prepare(self, parts: Parts, spec: Spec) -> Parts:
+        """This task calls the autoencoder directly."""
+        return parts
+
+    def run(self, parts: Parts, spec: Spec) -> None:
+        """Train to `steps`, or `stop_at`; write log, checkpoints and the export."""
+        autoencoder, config = parts.autoencoder, self._config
+        weight = next(autoencoder.parameters())
+
+        def step(batch: Batch, number: int) -> Tensor:
+            assert batch.video is not None
+            video = batch.video.to(weight.device, weight.dtype)
+            generator = keyed(spec.run.seed, "noise", number)
+            loss = self.loss(autoencoder, video, generator)
+            (loss / config.accumulate).backward()
+            return loss.detach()
+
+        autoencoder.train()
+        finished = Loop(config, parts, spec, autoencoder).run(make_loader(parts, spec), step)
+        if finished and config.export is not None:
+            export_component(autoencoder, spec.choices["autoencoder"], spec.output / "model", config.export)
+
+    def loss(self, autoencoder: torch.nn.Module, video: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the loss of a video batch (B,3,F,H,W), float32, per pixel.
+
+        KL divergence of a diagonal Gaussian from the unit one: Kingma & Welling 2014, appendix B.
+        """
+        reconstruction, mean, logvar = autoencoder.reconstruct(video, generator)  # type: ignore[operator]
+        distance = F.l1_loss if self._config.reconstruction == "l1" else F.mse_loss
+        kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).mean()
+        return distance(reconstruction.float(), video.float()) + self._config.kl_weight * kl
