@@ -1,12 +1,53 @@
-"""Built-in datasets. The implementations import their libraries when they are built."""
+"""Built-in datasets: lists of what exists. Neither this file nor listing the rows imports torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from cvx_core import Component, hookimpl
+from cvx_plugins.datasets.config import (
+    CsvConfig,
+    JsonlConfig,
+    PromptsConfig,
+    PromptsVideosConfig,
+    SyntheticConfig,
+)
 
 
 @hookimpl
 def cvx_components() -> Iterable[Component]:
-    yield from ()
+    yield Component(
+        "dataset",
+        "jsonl",
+        JsonlConfig,
+        "cvx_plugins.datasets.tables:JsonLines",
+        summary="one JSON object a line: video, captions, image",
+    )
+    yield Component(
+        "dataset",
+        "csv",
+        CsvConfig,
+        "cvx_plugins.datasets.tables:CsvTable",
+        summary="a table with a header line",
+    )
+    yield Component(
+        "dataset",
+        "prompts-videos",
+        PromptsVideosConfig,
+        "cvx_plugins.datasets.texts:PromptsVideos",
+        summary="two text files, paired line by line",
+    )
+    yield Component(
+        "dataset",
+        "prompts",
+        PromptsConfig,
+        "cvx_plugins.datasets.texts:Prompts",
+        summary="prompts to sample from, with first frames for image-to-video",
+    )
+    yield Component(
+        "dataset",
+        "synthetic",
+        SyntheticConfig,
+        "cvx_plugins.datasets.synthetic:Synthetic",
+        summary="moving shapes with captions, drawn on the fly",
+    )

@@ -1,12 +1,48 @@
-"""Built-in readers. The implementations import their libraries when they are built."""
+"""Built-in video readers. Their libraries are imported when a recipe's reader is built."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
-from cvx_core import Component, hookimpl
+from cvx_core import Component, Config, hookimpl
+from cvx_core.config import NonNegative
+
+
+class ReaderConfig(Config):
+    """Fields of every reader."""
+
+    threads: NonNegative = 0
+    """Decoder threads of one clip; 0 lets the library choose. 1 suits many loader workers on few cores."""
+
+
+class AutoConfig(ReaderConfig):
+    """Fields of the reader that chooses per file."""
+
+    prefer: Literal["decord", "pyav"] = "decord"
+    """What reads a file that both libraries read exactly; the frames are the same. pyav reads the rest."""
 
 
 @hookimpl
 def cvx_components() -> Iterable[Component]:
-    yield from ()
+    yield Component(
+        "reader",
+        "pyav",
+        ReaderConfig,
+        "cvx_plugins.readers.pyav_reader:build",
+        summary="PyAV; any file, frame-exact",
+    )
+    yield Component(
+        "reader",
+        "decord",
+        ReaderConfig,
+        "cvx_plugins.readers.decord_reader:build",
+        summary="decord; refuses the files in which it cannot seek exactly",
+    )
+    yield Component(
+        "reader",
+        "auto",
+        AutoConfig,
+        "cvx_plugins.readers.auto_reader:build",
+        summary="decord where it is installed and exact, PyAV elsewhere",
+    )

@@ -1,0 +1,220 @@
+"""The frame index of a video file: which frames it shows, in which order, and where decoding can start.
+
+It is made by reading packets, without decoding more than the first frame, and is the same for every reader.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+
+from cvx_core.errors import FormatError
+
+UNTIMED_CONTAINERS = ("avi",)  # their timestamps count packets in decoding order, not frames as shown
+SEEKABLE_CONTAINERS = ("mov", "matroska")
+ALLOWED_GAP_S = 1.0
+
+
+@dataclass(frozen=True)
+class Index:
+    """What is known about a file before its pixels.
+
+    num_frames: exact; fps: average; height, width: as shown, after rotation; rotation: degrees
+    counter-clockwise that turn a decoded frame upright; pts: timestamp of each frame in the order shown, None
+    where the container has none worth trusting; keys: the frames at which decoding can start; obstacles: what
+    keeps a library that counts packets from seeking exactly.
+    """
+
+    path: Path
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    rotation: int
+    pts: tuple[int, ...] | None
+    keys: tuple[int, ...]
+    obstacles: tuple[str, ...]
+
+    def key_before(self, frame: int) -> int:
+        """Return the last frame at or before `frame` at which decoding can start."""
+        return self.keys[bisect.bisect_right(self.keys, frame) - 1]
+
+    def check(self, indices: Sequence[int]) -> list[int]:
+        """Return the indices as a list. Raises IndexError unless they ascend within the clip."""
+        wanted = [int(i) for i in indices]
+        if any(a > b for a, b in itertools.pairwise(wanted)):
+            raise IndexError(f"{self.path}: frame indices must ascend; got {wanted}")
+        if wanted and (wanted[0] < 0 or wanted[-1] >= self.num_frames):
+            raise IndexError(
+                f"{self.path}: frames {wanted[0]}..{wanted[-1]} of a clip of {self.num_frames} frames"
+            )
+        return wanted
+
+
+class Packet(NamedTuple):
+    """One coded frame, in decoding order."""
+
+    pts: int | None
+    duration: int
+    is_key: bool
+    is_discard: bool
+
+
+def scan(path: Path) -> Index:
+    """Return the index of a file. Raises FormatError where it is missing, no video, truncated or damaged."""
+    if not path.is_file():
+        raise FormatError(f"{path}: no such video file. Check the path in the dataset's index.")
+    if path.stat().st_size == 0:
+        raise FormatError(f"{path}: the file is empty. Copy or download it again.")
+    with explained(path), av.open(str(path)) as container:
+        stream = video_stream(container, path)
+        packets = _packets(container, stream, path)
+        _check_complete(container, stream, packets, path)
+        container_name = container.format.name.split(",")[0]
+        bits = max(component.bits for component in stream.codec_context.format.components)
+        fps = stream.average_rate or stream.guessed_rate
+    if not fps:
+        raise FormatError(f"{path}: the stream states no frame rate. {_REMUX.format(path=path)}")
+    height, width, rotation = _geometry(path)
+    pts, keys, is_closed = _order(packets, container_name)
+    return Index(
+        path=path,
+        num_frames=len(pts) if pts is not None else len(packets),
+        fps=float(fps),
+        height=height,
+        width=width,
+        rotation=rotation,
+        pts=pts,
+        keys=keys,
+        obstacles=_obstacles(container_name, is_closed, bits),
+    )
+
+
+_REMUX = "Write it anew: ffmpeg -i '{path}' -c:v libx264 -crf 12 -an fixed.mp4"
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn every error of the library into a FormatError that names the file and a remedy."""
+    try:
+        yield
+    except av.error.FFmpegError as error:
+        raise FormatError(
+            f"{path}: cannot be decoded as video: {error.strerror or error}. The file is truncated, damaged or "
+            f"no video; fetch it again or drop its row. `ffmpeg -v error -i '{path}' -f null -` shows the place."
+        ) from error
+
+
+def video_stream(container: Any, path: Path) -> Any:
+    """Return the first video stream of an open container."""
+    if not container.streams.video:
+        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+        raise FormatError(f"{path}: has no video stream, only {kinds}. Drop its row or name the right file.")
+    return container.streams.video[0]
+
+
+def _packets(container: Any, stream: Any, path: Path) -> list[Packet]:
+    packets: list[Packet] = []
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise FormatError(
+                f"{path}: truncated or damaged: packet {len(packets)} is incomplete"
+                + (f" (the file states {stream.frames} frames)" if stream.frames else "")
+                + ". Copy or download the file again."
+            )
+        if packet.size:
+            packets.append(Packet(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
+    if not any(packet.is_key for packet in packets):
+        raise FormatError(
+            f"{path}: its video stream holds no frame that can be decoded on its own. Drop its row."
+        )
+    return packets
+
+
+def _check_complete(container: Any, stream: Any, packets: list[Packet], path: Path) -> None:
+    """Compare what was read with the duration the file states: a cut file may end without any other sign."""
+    timed = [packet for packet in packets if packet.pts is not None]
+    only_video = len(container.streams) == 1
+    if stream.duration is not None:
+        stated = float(stream.duration * stream.time_base)
+    elif container.duration is not None and only_video:
+        stated = container.duration / av.time_base
+    else:
+        return
+    if not timed:
+        return
+    first = min(packet.pts for packet in timed if packet.pts is not None)
+    last = max(packet.pts + packet.duration for packet in timed if packet.pts is not None)
+    found = float((last - first) * stream.time_base)
+    if stated - found > max(ALLOWED_GAP_S, 0.02 * stated):
+        raise FormatError(
+            f"{path}: truncated: the file states {stated:.2f} s of video, {found:.2f} s ({len(packets)} "
+            "frames) are there. Copy or download it again."
+        )
+
+
+def _geometry(path: Path) -> tuple[int, int, int]:
+    """Return height and width as shown, and the rotation, from the first decodable frame."""
+    with av.open(str(path)) as container:
+        stream = video_stream(container, path)
+        stream.thread_type = "SLICE"  # frame threads would decode several frames to give one
+        frame = next(container.decode(stream), None)
+    if frame is None:
+        raise FormatError(
+            f"{path}: no frame of its video stream can be decoded. Fetch it again or drop its row."
+        )
+    if frame.rotation % 90:
+        raise FormatError(f"{path}: is rotated by {frame.rotation} degrees; only quarter turns are read.")
+    rotation = frame.rotation % 360
+    height, width = (frame.width, frame.height) if rotation % 180 else (frame.height, frame.width)
+    return height, width, rotation
+
+
+def _order(packets: list[Packet], container: str) -> tuple[tuple[int, ...] | None, tuple[int, ...], bool]:
+    """Return timestamps as shown, starting points, and whether counting packets from a key is exact."""
+    first_key = next(i for i, packet in enumerate(packets) if packet.is_key)
+    known = [packet.pts for packet in packets if packet.pts is not None]
+    if container in UNTIMED_CONTAINERS or len(set(known)) < len(packets):
+        return None, (0,), False
+    start = packets[first_key].pts
+    assert start is not None
+    # What comes before the first key frame, in decoding order or in time, cannot be decoded.
+    usable = [packet for packet in packets[first_key:] if packet.pts is not None and packet.pts >= start]
+    pts = sorted(packet.pts for packet in usable if packet.pts is not None and not packet.is_discard)
+    keys = {
+        bisect.bisect_left(pts, packet.pts) for packet in usable if packet.is_key and packet.pts is not None
+    }
+    keys.add(0)
+    is_closed = len(pts) == len(packets) and not _has_leading_frames(packets)
+    return tuple(pts), tuple(sorted(key for key in keys if key < len(pts))), is_closed
+
+
+def _has_leading_frames(packets: list[Packet]) -> bool:
+    """Whether some frame is decoded after a key frame but shown before it."""
+    key_pts = None
+    for packet in packets:
+        if packet.is_key:
+            key_pts = packet.pts
+        elif key_pts is not None and packet.pts is not None and packet.pts < key_pts:
+            return True
+    return False
+
+
+def _obstacles(container: str, is_closed: bool, bits: int) -> tuple[str, ...]:
+    found = []
+    if container not in SEEKABLE_CONTAINERS:
+        found.append(f"a {container} container")
+    elif not is_closed:
+        found.append(
+            "frames that are shown before the key frame they follow (open groups of pictures), or never"
+        )
+    if bits > 8:
+        found.append(f"{bits}-bit pixels")
+    return tuple(found)
