@@ -27,6 +27,8 @@ class Card(Config):
     """Height and width must be multiples of this: the autoencoder's compression times the spatial patch."""
     sizes: tuple[tuple[int, int], ...] | None = None
     """The only legal (height, width) pairs; None allows any multiple of size_step."""
+    video: tuple[int, int, int] | None = None
+    """Frames, height and width of the release; the default of the recipe's video."""
     fps: int | None = None
     """Frames per second the model was trained at; the default of video.fps."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -50,12 +52,23 @@ class Card(Config):
 
     def defaults(self) -> Mapping[tuple[str, str], Any]:
         """Return {(section, field): value}: what a recipe gets where it says nothing."""
+        frames, height, width = self.video or (None, None, None)
         values = {
+            ("video", "frames"): frames,
+            ("video", "height"): height,
+            ("video", "width"): width,
             ("video", "fps"): self.fps,
             ("autoencoder", "scale_factor"): self.latent_scale,
-            ("autoencoder", "latent_channels"): self.latent_channels,
             ("scheduler", "snr_shift"): self.snr_shift,
             ("text_encoder", "max_length"): self.text_length,
+        }
+        return {key: value for key, value in values.items() if value is not None}
+
+    def demands(self) -> Mapping[tuple[str, str], Any]:
+        """Return {(section, field): value} that the recipe's other components must agree with."""
+        values = {
+            **{key: value for key, value in self.defaults().items() if key[0] != "video"},
+            ("autoencoder", "latent_channels"): self.latent_channels,
             ("text_encoder", "dim"): self.text_dim,
         }
         return {key: value for key, value in values.items() if value is not None}
@@ -63,10 +76,9 @@ class Card(Config):
     def check(self, spec: Spec) -> Iterable[Problem]:
         """Yield what the recipe's geometry and other components disagree about with this card."""
         yield from self._check_video(spec)
-        for (section, name), legal in self.defaults().items():
-            config = spec.config(section)
-            value = getattr(config, name, None)
-            if (section, name) != ("video", "fps") and value is not None and value != legal:
+        for (section, name), legal in self.demands().items():
+            value = getattr(spec.config(section), name, None)
+            if value is not None and value != legal:
                 yield Problem(
                     f"{section}.{name}",
                     f"is {value}, but predictor {spec.name_of('predictor')!r} needs {legal}. "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -51,20 +51,27 @@ class Config(BaseModel):
         return ()
 
 
-def path_fields(config: type[BaseModel]) -> dict[str, PathRole]:
-    """Return the fields of a config that hold a path (alone, optional or in a tuple), with their role."""
-    return {
-        name: role
-        for name, field in config.model_fields.items()
-        if (role := _find_role([field.annotation, *field.metadata])) is not None
-    }
+class PathField(NamedTuple):
+    """A field that holds a path. words: values that are not paths, such as `auto`."""
+
+    must_exist: bool
+    words: frozenset[str]
 
 
-def _find_role(annotations: Iterable[Any]) -> PathRole | None:
+def path_fields(config: type[BaseModel]) -> dict[str, PathField]:
+    """Return the fields of a config that hold a path, alone, optional or in a tuple."""
+    result = {}
+    for name, info in config.model_fields.items():
+        parts = list(_parts([info.annotation, *info.metadata]))
+        roles = [part for part in parts if isinstance(part, PathRole)]
+        if roles:
+            words = frozenset(part for part in parts if isinstance(part, str))
+            result[name] = PathField(roles[0].must_exist, words)
+    return result
+
+
+def _parts(annotations: Iterable[Any]) -> Iterator[Any]:
+    """Yield annotations with everything inside them: union members, metadata, literal values."""
     for annotation in annotations:
-        if isinstance(annotation, PathRole):
-            return annotation
-        inner = [*getattr(annotation, "__args__", ()), *getattr(annotation, "__metadata__", ())]
-        if inner and (role := _find_role(inner)) is not None:
-            return role
-    return None
+        yield annotation
+        yield from _parts([*getattr(annotation, "__args__", ()), *getattr(annotation, "__metadata__", ())])

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from cvx_core.config import Config, path_fields
+from cvx_core.config import Config, PathField, path_fields
 from cvx_core.errors import PluginError, Problem, did_you_mean
 from cvx_core.recipe import Address, Recipe
 from cvx_core.registry import Choice, Component, Registry
@@ -103,23 +103,22 @@ class FieldReader:
 
     def _anchored(self, model: type[BaseModel], address: Address, data: dict[str, Any]) -> dict[str, Any]:
         result = dict(data)
-        for name, role in path_fields(model).items():
+        for name, field in path_fields(model).items():
             value = data.get(name)
             if isinstance(value, list):
-                items = [self._anchor((*address, name, i), v, role.must_exist) for i, v in enumerate(value)]
-                result[name] = items
+                result[name] = [self._anchor((*address, name, i), v, field) for i, v in enumerate(value)]
             elif value is not None:
-                result[name] = self._anchor((*address, name), value, role.must_exist)
+                result[name] = self._anchor((*address, name), value, field)
         return result
 
-    def _anchor(self, address: Address, value: Any, must_exist: bool) -> Any:
-        if not isinstance(value, str):
+    def _anchor(self, address: Address, value: Any, field: PathField) -> Any:
+        if not isinstance(value, str) or value in field.words:
             return value
         path = self.recipe.base_of(address) / Path(value).expanduser()
-        if must_exist and not path.exists():
-            self._problem(
-                address, f"no such file or folder: {path}. Relative paths start at the recipe's folder."
-            )
+        if field.must_exist and not path.exists():
+            at_recipe = self.recipe.base_of(address) == self.recipe.base
+            start = "the recipe's folder" if at_recipe else "the working directory"
+            self._problem(address, f"no such file or folder: {path}. Relative paths start at {start}.")
         return str(path)
 
     def _report(self, model: type[BaseModel], address: Address, detail: ErrorDetails, who: str) -> None:

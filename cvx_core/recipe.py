@@ -45,7 +45,7 @@ class Recipe:
 
     def base_of(self, address: Address) -> Path:
         """Return the folder that a relative path at this address is relative to."""
-        return Path() if self.where(address).startswith("--set") else self.base
+        return Path.cwd() if self.where(address).startswith("--set") else self.base
 
     def problem(self, address: Address, message: str) -> Problem:
         """Return a problem that names the value's place."""

@@ -1,0 +1,42 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# With no torch installed, `pip install torch==2.13.0` finds the CPU build. On a GPU machine, install the torch
+# that fits it into $(VENV) first, or set TORCH to its requirement.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+CODE := cvx_core cvx_io cvx_parallel cvx_plugins tests benchmarks examples recipes
+
+.PHONY: install demo test check lint bench clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/python recipes/demo/make_clips.py runs/demo/clips
+	$(BIN)/python -m cvx_core.run recipes/demo/train.yaml
+	$(BIN)/python -m cvx_core.run recipes/demo/sample.yaml
+	$(BIN)/python recipes/demo/score.py runs/demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+check: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
