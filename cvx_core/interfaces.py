@@ -216,7 +216,7 @@ class Reader(Protocol):
 class ParamGroup(NamedTuple):
     """Named parameters that share optimizer settings."""
 
-    params: list[tuple[str, Tensor]]
+    params: Sequence[tuple[str, Tensor]]
     options: dict[str, Any]
 
 

@@ -69,14 +69,16 @@ def fill(module: nn.Module, choice: Choice, spec: Spec, section: str) -> None:
     source = choice.weights
     container, names = source.build(Deps(spec)), _names(choice, spec)
     path = source.config.path
-    wanted = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    aliases: Mapping[str, str] = getattr(module, "aliases", {})
+    params = dict(module.named_parameters())
+    wanted = {name: tuple(parameter.shape) for name, parameter in params.items()}
+    aliases: Mapping[str, str | None] = getattr(module, "aliases", {})
     coverage = check_index(container.index(path, names), wanted, path, aliases)
-    with torch.no_grad():
-        copy_into(
-            dict(module.named_parameters()), container.read(path, names, list(coverage.consumed)), aliases
-        )
-    log.info("%s: %s", section, coverage.summary())
+    casts = copy_into(params, container.read(path, names, list(coverage.consumed)), coverage.consumed)
+    log.info("%s: %d tensors from %s", section, len(coverage.consumed), path)
+    for (stored, wanted_dtype), count in casts.items():
+        log.info("%s: %d tensors cast from %s to %s", section, count, stored, wanted_dtype)
+    for name in coverage.dropped:
+        log.info("%s: %s not needed", section, name)
 
 
 def _names(choice: Choice, spec: Spec) -> Any:

@@ -147,7 +147,7 @@ class _Reader:
             return dict(self._pairs(node, address))
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*address, index)) for index, item in enumerate(node.value)]
-        return node.value if node.style else scalar(node.value)
+        return node.value if getattr(node, "style", None) else scalar(node.value)
 
     def _pairs(self, node: yaml.MappingNode, address: Address) -> Iterator[tuple[str, Any]]:
         lines: dict[str, int] = {}

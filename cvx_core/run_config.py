@@ -24,8 +24,13 @@ class VideoConfig(Config):
     """Frames per second that clips are resampled to, and written at."""
     start: Literal["first", "center", "random"] = "first"
     """Which part of a longer clip is taken; `random` is keyed by seed, epoch and row."""
-    short: Literal["error", "repeat-last"] = "error"
-    """What happens to a clip with fewer frames than asked for."""
+    skip: NonNegative = 0
+    """Source frames ignored at both ends of a clip."""
+    rule: Literal["fps", "cogvideox"] = "fps"
+    """How frames are picked: the one shown at each instant, or in whole steps as the reference pipeline does.
+    """
+    short: Literal["error", "repeat"] = "error"
+    """A clip with fewer frames than asked for is an error, or has its last frame repeated."""
 
 
 class LoaderConfig(Config):

@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +83,40 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def restore(path: Path, state: dict[str, Any]) -> None:
-    """Fill `state` in place from a checkpoint. Raises FormatError where it holds other tensors."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(state, checkpoint_id=path, no_dist=True)
-    except (RuntimeError, ValueError, KeyError) as error:
+    """Fill `state` in place from a checkpoint.
+
+    Raises FormatError, before anything is read, where the checkpoint holds other names or shapes.
+    """
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    wanted = dict(_flat(state))
+    missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    shapes = {name: tuple(getattr(stored[name], "size", ())) for name in wanted.keys() & stored.keys()}
+    misshaped = sorted(name for name, shape in shapes.items() if shape != tuple(_shape(wanted[name])))
+    if missing or extra or misshaped:
+        found = [
+            f"{len(names)} {what}, first {names[0]!r}"
+            for what, names in (
+                ("missing", missing),
+                ("not expected", extra),
+                ("of another shape", misshaped),
+            )
+            if names
+        ]
         raise FormatError(
-            f"{path}: does not fit this recipe: {error}. Resume with the recipe it was made by."
-        ) from error
+            f"{path}: does not fit this recipe: {'; '.join(found)}. Resume with the recipe it was made by."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+
+
+def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(getattr(value, "shape", ()))

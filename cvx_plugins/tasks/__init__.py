@@ -85,6 +85,8 @@ class TrainConfig(LoopConfig):
     def check(self, spec: Spec) -> Iterable[Problem]:
         if self.memory and spec.video.start == "random":
             yield Problem("memory", "keeps one latent per row, so video.start must be 'first' or 'center'.")
+        if self.memory and spec.card.image_latent != "none" and self.image_noise is not None:
+            yield Problem("memory", "keeps encoded images, so image_noise must be null.")
         if self.export_whole and self.export is None:
             yield Problem(
                 "export_whole", "has nothing to do without `export: {use: hf}`. Add it, or leave this out."
@@ -94,7 +96,7 @@ class TrainConfig(LoopConfig):
 class SampleConfig(TaskConfig):
     """Sample videos from prompts, and from images for an image-to-video predictor."""
 
-    needs: ClassVar = (*MODELS, "dataset")
+    needs: ClassVar = (*MODELS, "dataset", "reader")
     optional: ClassVar = ("adapter",)
 
     steps: Positive = 50
@@ -117,11 +119,13 @@ class SampleConfig(TaskConfig):
     formats: tuple[Literal["mp4", "gif", "png"], ...] = ("mp4",)
     """Files per video; png is a sheet of its frames."""
     sheet: bool = False
-    """Write sheet.png, a contact sheet of every video."""
+    """Write sheet.png, a contact sheet of every video; needs mp4 among the formats."""
     overwrite: bool = False
     """Replace videos that another recipe wrote to the same place."""
 
     def check(self, spec: Spec) -> Iterable[Problem]:
+        if self.sheet and "mp4" not in self.formats:
+            yield Problem("sheet", "is made from the mp4 files; add mp4 to formats.")
         yield from _needs_weights(spec, "predictor", "samples noise")
         yield from _needs_weights(spec, "autoencoder", "decodes noise")
 

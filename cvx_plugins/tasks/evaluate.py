@@ -9,7 +9,6 @@ from dataclasses import replace
 from itertools import pairwise
 
 import torch
-from cvx_io.loader import Cursor
 from torch import Tensor
 
 from cvx_core.interfaces import Batch, Deps, Parts
@@ -34,7 +33,7 @@ class Evaluate:
 
     def prepare(self, parts: Parts, spec: Spec) -> Parts:
         """Encode without pixel noise on images: the measure is of the clean condition."""
-        return replace(parts, encode=Encoder(parts, spec.card, None, memory=False))
+        return replace(parts, encode=Encoder(parts, spec.card, image_noise=None))
 
     @torch.no_grad()
     def run(self, parts: Parts, spec: Spec) -> None:
@@ -68,10 +67,8 @@ class Evaluate:
 
     def _batches(self, parts: Parts, spec: Spec) -> Iterator[Batch]:
         loader = make_loader(parts, spec, once=True, limit=self._config.rows)
-        for cursor, batch in loader.iterate(Cursor()):
+        for _, batch in loader.iterate(epochs=1):
             yield batch
-            if cursor.epoch > 0:
-                return
 
     def _bounds(self) -> list[tuple[int, int]]:
         edges = [TRAINING_STEPS * i // self._config.bands for i in range(self._config.bands + 1)]

@@ -8,12 +8,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from cvx_io.loader import Cursor, Loader
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from cvx_core import device as devices
 from cvx_core.errors import CvxError
@@ -21,12 +21,14 @@ from cvx_core.interfaces import Batch, ParamGroup, Parts
 from cvx_core.spec import Spec
 from cvx_io import resume
 from cvx_io.atomic import write_text
+from cvx_io.loader import Cursor, Loader
 from cvx_io.log import RunLog
 from cvx_plugins.tasks import LoopConfig
 from cvx_plugins.tasks.progress import progress
 from cvx_plugins.tasks.schedule import lr_scale
 
 log = logging.getLogger("cvx")
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # names, so that another layout can resume
 StepFunction = Callable[[Batch, int], Tensor]
 """(batch, number of the batch since the start) -> loss; leaves gradients of loss / accumulate."""
 
@@ -63,9 +65,9 @@ class Loop:
                     records.write(step, exact, self._speed(began, len(rows)))
                 bar.step(f"loss {loss:.4f}")
                 if config.save_every is not None and step % config.save_every == 0:
-                    saved = self._save(step, cursor)
+                    saved = self._save(step, cursor, loader)
         if saved != step:
-            self._save(step, cursor)
+            self._save(step, cursor, loader)
         records.close()
         return step == config.steps
 
@@ -120,9 +122,14 @@ class Loop:
             "peak_memory_gb": devices.peak_memory(self._device) / 1e9,
         }
 
-    def _save(self, step: int, cursor: Cursor) -> int:
-        model, optimizer = get_state_dict(self._module, self._optimizer)
-        record = {"cursor": cursor._asdict(), "recipe": self._spec.resolved, "digest": self._spec.digest}
+    def _save(self, step: int, cursor: Cursor, loader: Loader) -> int:
+        model, optimizer = get_state_dict(self._module, self._optimizer, options=_FLAT)
+        record = {
+            "cursor": asdict(cursor),
+            "data": loader.fingerprint(),
+            "recipe": self._spec.resolved,
+            "digest": self._spec.digest,
+        }
         path = resume.save(
             self._folder, step, {"model": model, "optimizer": optimizer}, record, self._config.keep
         )
@@ -135,7 +142,7 @@ class Loop:
         if path is None:
             return 0, Cursor()
         manifest = resume.read_manifest(path)
-        model, optimizer = get_state_dict(self._module, self._optimizer)
+        model, optimizer = get_state_dict(self._module, self._optimizer, options=_FLAT)
         state: dict[str, Any] = {"model": model, "optimizer": optimizer}
         resume.restore(path, state)
         set_state_dict(
@@ -143,11 +150,16 @@ class Loop:
             self._optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
+            options=_FLAT,
         )
         log.info("resumed from %s", path)
         for line in changes(manifest["recipe"], self._spec.resolved):
             log.info("  %s", line)
-        return int(manifest["step"]), Cursor(**manifest["cursor"])
+        cursor = Cursor(**manifest["cursor"])
+        if manifest["data"] != loader.fingerprint():
+            cursor = Cursor(cursor.epoch + 1)
+            log.warning("the rows or their order changed: data goes on with a new epoch, %d", cursor.epoch)
+        return int(manifest["step"]), cursor
 
 
 def changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
@@ -165,7 +177,7 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
     once.
     """
     received: list[int] = []
-    before = {}
+    before: dict[int, Any] = {}
 
     def note(number: int, _frame: Any) -> None:
         received.append(number)

@@ -6,13 +6,12 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from cvx_io.video import fit, read_image
-from cvx_io.video_write import to_uint8, write_gif, write_mp4, write_sheet
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,6 +20,8 @@ from cvx_core.errors import CvxError, FormatError
 from cvx_core.interfaces import Condition, Deps, Parts, Row
 from cvx_core.spec import Spec
 from cvx_io.atomic import atomic_file, write_json
+from cvx_io.video import read_image
+from cvx_io.video_write import to_uint8, write_gif, write_mp4, write_sheet
 from cvx_plugins.tasks import SampleConfig
 from cvx_plugins.tasks.denoise import denoise
 from cvx_plugins.tasks.encode import image_condition
@@ -71,7 +72,7 @@ class Sample:
                     self._write(job, latent, parts, spec)
         (folder / "recipe.resolved.yaml").write_text(spec.to_yaml(), encoding="utf-8")
         if config.sheet:
-            write_sheet(folder / "sheet.png", [(folder / f"{job.name}.mp4", job.prompt) for job in jobs])
+            self._write_sheet(folder, jobs, spec)
         log.info("%d videos in %s", len(jobs), folder)
 
     def _is_done(self, record: Path, spec: Spec) -> bool:
@@ -145,7 +146,7 @@ class Sample:
         conditions = []
         for job, generator in zip(jobs, generators, strict=True):
             assert job.row.image is not None
-            pixels = fit(read_image(job.row.image)[None], spec.video.height, spec.video.width)
+            pixels = read_image(job.row.image, spec.video.height, spec.video.width)[:, None]
             scale = parts.autoencoder.scale_factor
             latent = parts.autoencoder.encode(pixels[None].to(weight.device, weight.dtype), generator) / scale
             clean = latent.new_zeros(1, shape[0], frames_of(parts, spec), *shape[2:])
@@ -165,11 +166,20 @@ class Sample:
         if "gif" in self._config.formats:
             write_gif(path.with_suffix(".gif"), video, fps)
         if "png" in self._config.formats:
-            write_sheet(path.with_suffix(".png"), [(video, job.prompt)])
+            write_sheet(path.with_suffix(".png"), [(job.prompt, video)])
         if self._config.save_latents:
             with atomic_file(path.with_suffix(".safetensors")) as partial:
                 save_file({"latent": latent.float().cpu().contiguous()}, partial)
         write_json(path.with_suffix(".json"), record)
+
+    def _write_sheet(self, folder: Path, jobs: Sequence[Job], spec: Spec) -> None:
+        """Write a few frames of every video, read back from its file, as one picture."""
+        reader = spec.choices["reader"].build(Deps(spec))
+        clips = []
+        for job in jobs:
+            with closing(reader.open(folder / f"{job.name}.mp4")) as clip:
+                clips.append((job.prompt, clip.frames(range(clip.num_frames))))
+        write_sheet(folder / "sheet.png", clips)
 
     def _record(self, job: Job, spec: Spec) -> dict[str, Any]:
         config = self._config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from cvx_plugins.tasks import TrainConfig
 from cvx_plugins.tasks.encode import Encoder
 from cvx_plugins.tasks.export import export_model
 from cvx_plugins.tasks.loop import Loop
+from cvx_plugins.tasks.progress import progress
 from cvx_plugins.tasks.rows import make_loader
 
 log = logging.getLogger("cvx")
@@ -30,7 +32,7 @@ class Train:
     def prepare(self, parts: Parts, spec: Spec) -> Parts:
         """Fill `encode` and `forward_backward` with their one-device forms."""
         config = self._config
-        encoder = Encoder(parts, spec.card, config.image_noise, config.memory)
+        encoder = Encoder(parts, spec.card, config.image_noise)
 
         def forward_backward(features: Features, generator: torch.Generator) -> Tensor:
             return diffusion_loss(parts, features, generator, config.accumulate)
@@ -42,8 +44,9 @@ class Train:
         assert parts.encode is not None
         assert parts.forward_backward is not None
         encode, forward_backward = parts.encode, parts.forward_backward
-        needed = getattr(encode, "remembers", None)
-        loader = make_loader(parts, spec, skip_pixels=needed if self._config.memory else None)
+        if self._config.memory:
+            self._fill_memory(encode, parts, spec)
+        loader = make_loader(parts, spec, pixels=not self._config.memory)
         seed = spec.run.seed
 
         def step(batch: Batch, number: int) -> Tensor:
@@ -55,6 +58,14 @@ class Train:
         finished = Loop(self._config, parts, spec, parts.predictor).run(loader, step)
         if finished and self._config.export is not None:
             export_model(parts, spec, self._config.export, whole=self._config.export_whole)
+
+    def _fill_memory(self, encode: Any, parts: Parts, spec: Spec) -> None:
+        """Encode every row once, before the first step."""
+        loader = make_loader(parts, spec, once=True)
+        with progress("encode", loader.account().batches) as bar:
+            for _, batch in loader.iterate(epochs=1):
+                encode.remember(batch)
+                bar.step()
 
     def _drop(self, features: Features, parts: Parts, generator: torch.Generator) -> Features:
         """Drop text and image of some rows, so that guidance has an unconditional prediction to use."""

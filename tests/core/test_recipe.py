@@ -54,7 +54,10 @@ def test_all_duplicate_keys_are_reported_with_both_lines():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a: !!python/object/apply:os.system ['true']", "tag 'tag:yaml.org,2002:python/object/apply:os.system'"),
+        (
+            "a: !!python/object/apply:os.system ['true']",
+            "tag 'tag:yaml.org,2002:python/object/apply:os.system'",
+        ),
         ("a: &x {b: 1}\nc: *x", "anchors and aliases are not allowed"),
         ("a: [1, 2", "not valid YAML"),
         ("- a\n- b", "a recipe is a mapping"),
@@ -101,7 +104,7 @@ def test_a_file_that_cannot_be_read_is_a_recipe_error(tmp_path, content):
     file = tmp_path / "r.yaml"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(RecipeError, match="r.yaml"):
+    with pytest.raises(RecipeError, match=r"r\.yaml"):
         load(file)
 
 

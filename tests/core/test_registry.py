@@ -23,12 +23,14 @@ def test_a_name_given_twice_names_both_packages():
 
 def test_an_unknown_name_gets_the_nearest_and_the_known_ones():
     found = Registry([component("wavedit"), component("other")])
-    with pytest.raises(PluginError, match=r"no predictor 'wavdit'. Did you mean 'wavedit'\? Known: other, wavedit."):
+    with pytest.raises(
+        PluginError, match=r"no predictor 'wavdit'. Did you mean 'wavedit'\? Known: other, wavedit."
+    ):
         found.get("predictor", "wavdit")
 
 
 def test_an_unknown_kind_is_the_plugin_authors_error():
-    with pytest.raises(PluginError, match="unknown kind 'predicter'. Did you mean 'predictor'"):
+    with pytest.raises(PluginError, match=r"unknown kind 'predicter'\. Did you mean 'predictor'"):
         Registry([(component("a", kind="predicter"), "acme")])
 
 

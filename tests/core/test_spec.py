@@ -36,12 +36,14 @@ class FileConfig(Config):
     path: InputPath | None = None
 
     @classmethod
-    def sections(cls, path, registry):
+    def sections(cls, path, _registry):
         if not (path / "marker").exists():
             return None
         weights = {"use": "file", "path": str(path / "marker")}
         model = {"use": "model", "layers": 7, "weights": weights}
-        return {"predictor": model, "autoencoder": {"use": "vae"}, "scheduler": {"use": "ddim"}}, ["found a model"]
+        return {"predictor": model, "autoencoder": {"use": "vae"}, "scheduler": {"use": "ddim"}}, [
+            "found a model"
+        ]
 
 
 class JobConfig(TaskConfig):
@@ -58,7 +60,14 @@ class OtherConfig(Config):
 
 
 TALL = {
-    "card": {"frames_step": 8, "frames_max": 49, "size_step": 16, "fps": 12, "video": [25, 32, 48], "latent_scale": 0.5}
+    "card": {
+        "frames_step": 8,
+        "frames_max": 49,
+        "size_step": 16,
+        "fps": 12,
+        "video": [25, 32, 48],
+        "latent_scale": 0.5,
+    }
 }
 
 
@@ -87,7 +96,9 @@ JOB = "task: {use: job}\npredictor: {use: model}\n"
 
 
 def test_a_preset_gives_defaults_and_a_recipe_overrides_them(registry):
-    spec = resolve(parse("task: {use: job}\npredictor: {use: model-tall, card: {frames_max: 25}}\n"), registry)
+    spec = resolve(
+        parse("task: {use: job}\npredictor: {use: model-tall, card: {frames_max: 25}}\n"), registry
+    )
     config = spec.config("predictor")
     assert (config.layers, config.card.frames_max, config.card.frames_step) == (5, 25, 8)
 
@@ -102,7 +113,9 @@ def test_the_card_fills_what_the_recipe_leaves_open(registry):
 def test_a_value_against_the_card_is_refused_with_both(registry):
     text = "task: {use: job}\npredictor: {use: model-tall}\nautoencoder:\n  use: vae\n  scale_factor: 0.7\n"
     [problem] = problems(text, registry)
-    assert problem.startswith("r.yaml:5: autoencoder.scale_factor: is 0.7, but predictor 'model-tall' needs 0.5.")
+    assert problem.startswith(
+        "r.yaml:5: autoencoder.scale_factor: is 0.7, but predictor 'model-tall' needs 0.5."
+    )
 
 
 def test_illegal_geometry_says_the_legal_values(registry):
@@ -129,7 +142,10 @@ def test_a_section_the_task_does_not_read_is_an_error(registry):
 
 def test_a_needed_section_that_is_absent_is_an_error(registry):
     [problem] = problems("task: {use: job}\n", registry)
-    assert "task 'job' needs it. Add `predictor: {use: ...}` or `model: PATH`. Known: model, model-tall." in problem
+    assert (
+        "task 'job' needs it. Add `predictor: {use: ...}` or `model: PATH`. Known: model, model-tall."
+        in problem
+    )
 
 
 def test_a_components_own_check_is_reported_at_its_line(registry):
@@ -141,7 +157,9 @@ def test_a_components_own_check_is_reported_at_its_line(registry):
 def test_input_paths_must_exist_and_start_at_the_recipe(registry, tmp_path):
     (tmp_path / "w").write_text("")
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("task: {use: job, target: out}\npredictor: {use: model, weights: {use: file, path: w}}\n")
+    recipe.write_text(
+        "task: {use: job, target: out}\npredictor: {use: model, weights: {use: file, path: w}}\n"
+    )
     spec = resolve(load(recipe), registry)
     assert spec.choices["predictor"].weights.config.path == tmp_path / "w"
     assert spec.config("task").target == tmp_path / "out"
