@@ -1,12 +1,40 @@
-"""Built-in formats. The implementations import their libraries when they are built."""
+"""Built-in formats: how weights lie on disk. Implementations import their libraries when built."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
-from cvx_core import Component, hookimpl
+from cvx_core import Component, Config, hookimpl
+from cvx_core.config import InputPath, Positive
+from cvx_core.registry import Registry
+from cvx_plugins.formats import pipeline
+
+
+class HFConfig(Config):
+    """A folder with config.json and safetensors (whole or in shards), or one .safetensors file."""
+
+    path: InputPath | None = None
+    """The folder, the index file of the shards, or the file. Needed to read."""
+    shard_limit: Positive = 5_000_000_000
+    """Most bytes of tensors in one file when a folder is written; also what writing holds in memory."""
+
+    @classmethod
+    def sections(cls, path: Path, registry: Registry) -> tuple[Mapping[str, Any], list[str]] | None:
+        """Return the recipe sections and notes `model: path` stands for; None if it is no such folder.
+
+        Raises FormatError on a part of the folder that no installed component recognises.
+        """
+        return pipeline.sections(path, registry)
 
 
 @hookimpl
 def cvx_components() -> Iterable[Component]:
-    yield from ()
+    yield Component(
+        "format",
+        "hf",
+        HFConfig,
+        "cvx_plugins.formats.hf:hf_format",
+        summary="Hugging Face folders: config.json with safetensors, canonical names",
+    )

@@ -1,0 +1,213 @@
+"""Names tables: how a file's tensor names and fused tensors map to canonical ones. Data, usable both ways.
+
+A rule is written once, from the foreign name to the canonical one; the reverse follows from it. In a template
+`{i}`, `{j}` and `{k}` stand for a number, `{rest}` for all that is left, any other field for one dotted
+component. The first rule that matches a name decides. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from cvx_core.errors import FormatError, PluginError
+from cvx_io.regroup import Parts, Renaming, Step, at, flow, listed, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FIELD = re.compile(r"\{(\w+)\}")
+_FIELD_PATTERNS = {"i": r"\d+", "j": r"\d+", "k": r"\d+", "rest": r".+"}
+
+
+@dataclass(frozen=True)
+class Rename:
+    """The foreign tensor, under another name."""
+
+    foreign: str
+    canonical: str
+
+    @property
+    def parts(self) -> int:
+        return 1
+
+    @property
+    def into(self) -> Parts:
+        return {self.canonical: (0,)}
+
+
+@dataclass(frozen=True)
+class Cat:
+    """The foreign tensor is the canonical ones, of equal shape, joined on dim 0 in the order given."""
+
+    foreign: str
+    canonical: Sequence[str]
+
+    @property
+    def parts(self) -> int:
+        return len(self.canonical)
+
+    @property
+    def into(self) -> Parts:
+        return {name: (part,) for part, name in enumerate(self.canonical)}
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The foreign tensor is `parts` equal chunks on dim 0; a canonical tensor joins those listed for it."""
+
+    foreign: str
+    parts: int
+    into: Parts
+
+
+@dataclass(frozen=True)
+class Drop:
+    """The foreign tensor is not wanted; `reason` says why. In reverse nothing is written for it."""
+
+    foreign: str
+    reason: str
+
+    @property
+    def parts(self) -> int:
+        return 0
+
+    @property
+    def into(self) -> Parts:
+        return {}
+
+
+Rule = Rename | Cat | Chunks | Drop
+
+
+@dataclass(frozen=True)
+class Names:
+    """The rule table of one model family in one format.
+
+    prefix: what every foreign name of this model starts with; a name without it belongs to something else in
+    the same file and is left out. Raises PluginError on a rule that cannot be reversed.
+    """
+
+    rules: Sequence[Rule]
+    prefix: str = ""
+
+    def __post_init__(self) -> None:
+        for rule in self.rules:
+            _check_rule(rule)
+
+    def plan(self, foreign: Iterable[str], where: str = "") -> Renaming:
+        """Match a file's names, for reading. `where` is the file, for messages.
+
+        Raises FormatError on names without a rule, and on a canonical name that would be produced twice.
+        """
+        steps: dict[str, Step] = {}
+        dropped: dict[str, str] = {}
+        unmatched: list[str] = []
+        for name in foreign:
+            if not name.startswith(self.prefix):
+                dropped[name] = f"does not start with {self.prefix!r}"
+            elif (found := self._find(name)) is None:
+                unmatched.append(name)
+            elif isinstance(found, Drop):
+                dropped[name] = found.reason
+            else:
+                steps[name] = found
+        _refuse(unmatched, [self.prefix + rule.foreign for rule in self.rules], where)
+        if dropped and not steps:
+            name, reason = next(iter(dropped.items()))
+            raise FormatError(f"{at(where)}holds nothing of this model; {name!r}: {reason}. Check the path.")
+        return Renaming(_grouped(steps, where), dropped)
+
+    def plan_reverse(self, canonical: Iterable[str], where: str = "") -> Renaming:
+        """Match canonical names, for writing. Raises FormatError as plan does, and on an incomplete group."""
+        found = {name: self._find_reverse(name) for name in canonical}
+        templates = [template for rule in self.rules for template in rule.into]
+        _refuse([name for name, step in found.items() if step is None], templates, where)
+        return Renaming(_grouped({name: step for name, step in found.items() if step is not None}, where))
+
+    def reverse(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Turn a stream of canonical tensors, whose names are not known beforehand, into foreign ones."""
+        return flow(tensors, self._find_reverse)
+
+    @cached_property
+    def _foreign(self) -> list[tuple[re.Pattern[str], Rule]]:
+        return [(_compile(self.prefix + rule.foreign), rule) for rule in self.rules]
+
+    @cached_property
+    def _canonical(self) -> list[tuple[re.Pattern[str], Rule]]:
+        return [(_compile(template), rule) for rule in self.rules for template in rule.into]
+
+    def _find(self, name: str) -> Step | Drop | None:
+        for pattern, rule in self._foreign:
+            if match := pattern.fullmatch(name):
+                if isinstance(rule, Drop):
+                    return rule
+                return Step(rule.parts, {name: tuple(range(rule.parts))}, _filled(rule.into, match))
+        return None
+
+    def _find_reverse(self, name: str) -> Step | None:
+        for pattern, rule in self._canonical:
+            if match := pattern.fullmatch(name):
+                target = self.prefix + rule.foreign.format_map(match.groupdict())
+                return Step(rule.parts, _filled(rule.into, match), {target: tuple(range(rule.parts))})
+        return None
+
+
+def _refuse(unmatched: list[str], templates: list[str], where: str) -> None:
+    if unmatched:
+        raise FormatError(
+            f"{at(where)}{len(unmatched)} names match no rule: {listed(unmatched)}."
+            f"{nearest(unmatched[0], templates, 'rule')} Wrong model or format, or a newer export?"
+        )
+
+
+def _grouped(steps: Mapping[str, Step], where: str) -> tuple[Step, ...]:
+    """Merge the steps found name by name: every group must be complete, every target made once."""
+    groups = {step.key: step for step in steps.values()}
+    made_from: dict[str, str] = {}
+    for step in groups.values():
+        if missing := [name for name in step.sources if name not in steps]:
+            present = [name for name in step.sources if name in steps]
+            raise FormatError(f"{at(where)}has {listed(present)} but not {listed(missing)}. Is it complete?")
+        for target in step.targets:
+            if target in made_from:
+                raise FormatError(
+                    f"{at(where)}{target!r} would be produced twice, from {made_from[target]!r} and "
+                    f"{step.key!r}. Remove one of them from the source."
+                )
+            made_from[target] = step.key
+    return tuple(groups.values())
+
+
+def _check_rule(rule: Rule) -> None:
+    fields = set(_FIELD.findall(rule.foreign))
+    for template in rule.into:
+        if set(_FIELD.findall(template)) != fields:
+            raise PluginError(f"{rule}: {template!r} needs the fields of {rule.foreign!r}: {sorted(fields)}.")
+    parts = sorted(part for own in rule.into.values() for part in own)
+    if parts != list(range(rule.parts)):
+        raise PluginError(
+            f"{rule}: its targets list parts {parts}; each of 0..{rule.parts - 1} is needed once."
+        )
+
+
+def _compile(template: str) -> re.Pattern[str]:
+    pattern, end = "", 0
+    for match in _FIELD.finditer(template):
+        name = match[1]
+        repeated = f"(?P<{name}>" in pattern
+        group = f"(?P={name})" if repeated else f"(?P<{name}>{_FIELD_PATTERNS.get(name, '[^.]+')})"
+        pattern += re.escape(template[end : match.start()]) + group
+        end = match.end()
+    return re.compile(pattern + re.escape(template[end:]))
+
+
+def _filled(parts: Parts, match: re.Match[str]) -> Parts:
+    return {template.format_map(match.groupdict()): own for template, own in parts.items()}
+
+
+IDENTITY = Names((Rename("{rest}", "{rest}"),))
+"""The table of a format whose names are the canonical ones."""
