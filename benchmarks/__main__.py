@@ -55,11 +55,10 @@ def _run(case: Case, options: argparse.Namespace) -> Comparison:
 
 
 def _cases(device: str, size: Size) -> Iterable[Case]:
-    for module in sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__)):
-        if not module.startswith("__"):
-            yield from getattr(import_module(f"benchmarks.{module}"), "cases", lambda device, size: ())(
-                device, size
-            )
+    names = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.name.startswith("__"))
+    for module in (import_module(f"benchmarks.{name}") for name in names):
+        if hasattr(module, "cases"):
+            yield from module.cases(device, size)
 
 
 def _parser() -> argparse.ArgumentParser:

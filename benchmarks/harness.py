@@ -34,8 +34,8 @@ PACKAGES = ("torch", "diffusers", "numpy", "cvx")
 class Case:
     """Two ways to do the same work.
 
-    ours, theirs: build the model and its input, and return the step to measure. A step that returns a tensor is
-    also checked for agreement; tolerance is the largest absolute difference allowed.
+    ours, theirs: build the model and its input, and return the step to measure. Where steps return tensors,
+    both are compared; tolerance is the largest absolute difference allowed.
     """
 
     name: str
@@ -114,7 +114,7 @@ def with_peaks(result: Comparison, peaks: Mapping[Side, int | None]) -> Comparis
 def peak_of_child(case: str, side: Side, size: Size) -> int | None:
     """Return what one side adds to resident memory on the CPU, measured in a process of its own (Linux)."""
     command = [sys.executable, "-m", "benchmarks", "--size", size, "--peak", case, side]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=RESULTS.parents[1], stdout=subprocess.PIPE, text=True, check=True)
     value = json.loads(done.stdout.splitlines()[-1])
     return None if value is None else int(value)
 
