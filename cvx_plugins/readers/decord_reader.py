@@ -25,7 +25,7 @@ class DecordReader:
         self.threads = threads
 
     def open(self, path: Path) -> DecordClip:
-        """Return an open clip. Raises FormatError where the file is no readable video, or decord not exact."""
+        """Return an open clip. Raises FormatError where it is no readable video, or decord is not exact."""
         return self.open_index(scan(Path(path)))
 
     def open_index(self, index: Index) -> DecordClip:
@@ -82,7 +82,8 @@ class DecordClip:
         reason = str(error).strip().splitlines()[0]
         return FormatError(
             f"{self._index.path}: decord cannot decode it: {reason}. The file is truncated or damaged; "
-            f"fetch it again or drop its row. `ffmpeg -v error -i '{self._index.path}' -f null -` shows the place."
+            "fetch it again or drop its row. "
+            f"`ffmpeg -v error -i '{self._index.path}' -f null -` shows the place."
         )
 
 

@@ -107,8 +107,9 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except av.error.FFmpegError as error:
         raise FormatError(
-            f"{path}: cannot be decoded as video: {error.strerror or error}. The file is truncated, damaged or "
-            f"no video; fetch it again or drop its row. `ffmpeg -v error -i '{path}' -f null -` shows the place."
+            f"{path}: cannot be decoded as video: {error.strerror or error}. It is truncated, damaged or "
+            "no video; fetch it again or drop its row. "
+            f"`ffmpeg -v error -i '{path}' -f null -` shows the place."
         ) from error
 
 
