@@ -64,22 +64,22 @@ class SchedulerConfig(Config):
     @model_validator(mode="after")
     def _is_consistent(self) -> SchedulerConfig:
         if self.beta_end < self.beta_start:
-            raise ValueError(f"beta_end {self.beta_end} is below beta_start {self.beta_start}; swap them")
+            raise ValueError(f"beta_end {self.beta_end} is below beta_start {self.beta_start}; swap them.")
         if self.prediction == "epsilon" and self.zero_snr:
             raise ValueError(
                 "prediction 'epsilon' says nothing about the latent at timestep 999 of a zero terminal SNR; "
-                "set zero_snr: false, or prediction: v"
+                "set zero_snr: false, or prediction: v."
             )
         if self.flavour == "sat" and not (
             self.prediction == "v" and self.zero_snr and self.spacing == "trailing"
         ):
             raise ValueError(
                 "flavour 'sat' is defined for prediction 'v', zero_snr true and spacing 'trailing' only; "
-                f"got {self.prediction!r}, {self.zero_snr} and {self.spacing!r}. Use flavour: diffusers"
+                f"got {self.prediction!r}, {self.zero_snr} and {self.spacing!r}. Use flavour: diffusers."
             )
         if self.groups is not None and TRAIN_STEPS % self.groups:
             raise ValueError(
-                f"groups {self.groups} does not divide the {TRAIN_STEPS} timesteps; use e.g. 8, 10 or 40"
+                f"groups {self.groups} does not divide the {TRAIN_STEPS} timesteps; use e.g. 8, 10 or 40."
             )
         return self
 
