@@ -159,7 +159,7 @@ class Names:
 def _refuse(unmatched: list[str], templates: list[str], where: str) -> None:
     if unmatched:
         raise FormatError(
-            f"{at(where)}{len(unmatched)} names match no rule: {listed(unmatched)}."
+            f"{at(where)}no rule matches {len(unmatched)} of the names: {listed(unmatched)}."
             f"{nearest(unmatched[0], templates, 'rule')} Wrong model or format, or a newer export?"
         )
 
@@ -202,7 +202,7 @@ def _compile(template: str) -> re.Pattern[str]:
         group = f"(?P={name})" if repeated else f"(?P<{name}>{_FIELD_PATTERNS.get(name, '[^.]+')})"
         pattern += re.escape(template[end : match.start()]) + group
         end = match.end()
-    return re.compile(pattern + re.escape(template[end:]))
+    return re.compile(pattern + re.escape(template[end:]), re.DOTALL)
 
 
 def _filled(parts: Parts, match: re.Match[str]) -> Parts:

@@ -64,7 +64,7 @@ def read_index(path: Path) -> dict[str, Path]:
             f"{path}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing[:5])}. "
             f"Put them into {path.parent}."
         )
-    return {tensor: path.parent / name for tensor, name in weight_map.items()}
+    return {tensor: path.parent / str(name) for tensor, name in weight_map.items()}
 
 
 def check_shard(index: Path, shard: Path, listed: Iterable[str], stored: Mapping[str, object]) -> None:

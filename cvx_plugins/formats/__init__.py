@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from cvx_core import Component, Config, hookimpl
 from cvx_core.config import InputPath, Positive
@@ -14,6 +14,8 @@ from cvx_plugins.formats import pipeline
 
 class HFConfig(Config):
     """A folder with config.json and safetensors (whole or in shards), or one .safetensors file."""
+
+    canonical: ClassVar[bool] = True  # names in the files are ours, unless a names table says otherwise
 
     path: InputPath | None = None
     """The folder, the index file of the shards, or the file. Needed to read."""

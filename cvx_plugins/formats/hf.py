@@ -37,7 +37,7 @@ class HF:
         return path.name.endswith((".safetensors", ".safetensors.index.json")) and path.is_file()
 
     def index(self, path: Path, names: Names | None = None) -> dict[str, TensorInfo]:
-        """Return shape and dtype of every canonical tensor. Raises FormatError on damaged or unknown content."""
+        """Return shape and dtype of every canonical tensor. Raises FormatError on damaged files."""
         reader = _reader(path)
         stored = reader.index()
         return _plan(stored, path, names).index(stored)

@@ -33,6 +33,7 @@ def sections(path: Path, registry: Registry) -> tuple[dict[str, Any], list[str]]
 
     Raises FormatError on a sub-folder that is incomplete or that nobody recognises.
     """
+    path = path.absolute()
     if (path / "model_index.json").is_file():
         return _pipeline(path, registry)
     if _config_file(path) is not None:
@@ -113,8 +114,8 @@ def _add_tokenizer(found: dict[str, Any], folder: Path, notes: list[str]) -> Non
     if folder.is_dir():
         found["text_encoder"][TOKENIZER] = str(folder)
     else:
-        del found["text_encoder"]
-        notes.append(f"text_encoder: left out, its tokenizer {folder} is missing")
+        found["text_encoder"][TOKENIZER] = None
+        notes.append(f"text_encoder: its tokenizer {folder} is missing, so the recipe has to name one")
 
 
 def _set_image_latent(found: dict[str, Any], vae: Path, registry: Registry, notes: list[str]) -> None:
