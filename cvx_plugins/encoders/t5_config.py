@@ -84,7 +84,7 @@ class T5Config(Config):
         """Yield a problem where no tokenizer is given: the released sizes have no default one."""
         if self.tokenizer is None:
             yield Problem(
-                "text_encoder.tokenizer",
+                "tokenizer",
                 "is required. Give the folder with spiece.model, `tokenizer` beside the encoder's weights; "
                 "or bytes, for an encoder without released weights.",
             )

@@ -131,7 +131,7 @@ def test_tokenizer_larger_than_the_vocabulary_is_refused(bare_folder: Path) -> N
 
 def test_released_size_needs_a_tokenizer() -> None:
     (problem,) = T5Config(**XXL).check(None)
-    assert problem.path == "text_encoder.tokenizer"
+    assert problem.path == "tokenizer"
     assert list(T5Config().check(None)) == []
     with pytest.raises(CvxError, match="no tokenizer"):
         build("t5-xxl")
