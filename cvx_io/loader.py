@@ -8,6 +8,7 @@ ranks do not depend on how many ranks share them either, as long as batch * worl
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,7 @@ class Loader:
             sampler=_Places(cursor, batches, epochs),
             num_workers=self.workers,
             collate_fn=_as_it_is,
+            generator=torch.Generator(),  # else the global one would be drawn from
         )
         for place, result in places:
             if isinstance(result, CvxError):
@@ -126,7 +128,7 @@ class Loader:
         order = self._order(cursor.epoch)
         step = self.batch * self.world
         picked = order[cursor.index * step : (cursor.index + 1) * step]
-        picked += order[: max(self.world - len(picked), 0)]
+        picked += itertools.islice(itertools.cycle(order), max(self.world - len(picked), 0))
         return tuple(self.rows[i] for i in picked[self.rank :: self.world])
 
     def batch_at(self, cursor: Cursor) -> Batch:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cvx_core.interfaces import Clip
+from cvx_plugins.readers.decord_limits import obstacles
 from cvx_plugins.readers.index import scan
 from cvx_plugins.readers.pyav_reader import PyavReader
 
@@ -34,14 +35,14 @@ class AutoReader:
     def open(self, path: Path) -> Clip:
         """Return an open clip. Raises FormatError where the file is no readable video."""
         index = scan(Path(path))
-        if index.obstacles and self.chosen is not self.pyav:
-            logger.info("%s: read by pyav, for it has %s", path, " and ".join(index.obstacles))
+        if self.chosen is not self.pyav and (found := obstacles(index)):
+            logger.info("%s: read by pyav, for it has %s", path, " and ".join(found))
             return self.pyav.open_index(index)
         return self.chosen.open_index(index)
 
     def choice(self, path: Path) -> str:
         """Return the name of the library that reads a file."""
-        return self.pyav.name if scan(Path(path)).obstacles else str(self.chosen.name)
+        return self.pyav.name if obstacles(scan(Path(path))) else str(self.chosen.name)
 
     def _why(self, prefer: str) -> str:
         if prefer == self.chosen.name:

@@ -1,6 +1,6 @@
-"""Reading with decord. It seeks by counting packets from a key frame, which is exact only in plain files.
+"""Reading with decord, in the files in which it is exact.
 
-Every other file is refused by name of the obstacle; the reader `auto` gives those to PyAV.
+Every other file is refused with the obstacle; the reader `auto` gives those to PyAV.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import decord
 import numpy as np
 
 from cvx_core.errors import FormatError
+from cvx_plugins.readers.decord_limits import obstacles
 from cvx_plugins.readers.index import Index, scan
 
 
@@ -30,10 +31,10 @@ class DecordReader:
 
     def open_index(self, index: Index) -> DecordClip:
         """Return an open clip of an indexed file."""
-        if index.obstacles:
+        if found := obstacles(index):
             raise FormatError(
                 f"{index.path}: decord does not deliver exact frames here: the file has "
-                f"{' and '.join(index.obstacles)}. Use reader: {{use: auto}} or {{use: pyav}}."
+                f"{' and '.join(found)}. Use reader: {{use: auto}} or {{use: pyav}}."
             )
         return DecordClip(index, self.threads)
 

@@ -18,7 +18,6 @@ import av
 from cvx_core.errors import FormatError
 
 UNTIMED_CONTAINERS = ("avi",)  # their timestamps count packets in decoding order, not frames as shown
-SEEKABLE_CONTAINERS = ("mov", "matroska")
 ALLOWED_GAP_S = 1.0
 
 
@@ -28,8 +27,9 @@ class Index:
 
     num_frames: exact; fps: average; height, width: as shown, after rotation; rotation: degrees
     counter-clockwise that turn a decoded frame upright; pts: timestamp of each frame in the order shown, None
-    where the container has none worth trusting; keys: the frames at which decoding can start; obstacles: what
-    keeps a library that counts packets from seeking exactly.
+    where the container has none worth trusting; keys: the frames at which decoding can start; container: its
+    short name; bits: per colour component; is_plain: whether every packet is shown, and none before the key
+    frame it follows.
     """
 
     path: Path
@@ -40,7 +40,9 @@ class Index:
     rotation: int
     pts: tuple[int, ...] | None
     keys: tuple[int, ...]
-    obstacles: tuple[str, ...]
+    container: str
+    bits: int
+    is_plain: bool
 
     def key_before(self, frame: int) -> int:
         """Return the last frame at or before `frame` at which decoding can start."""
@@ -83,7 +85,7 @@ def scan(path: Path) -> Index:
     if not fps:
         raise FormatError(f"{path}: the stream states no frame rate. {_REMUX.format(path=path)}")
     height, width, rotation = _geometry(path)
-    pts, keys, is_closed = _order(packets, container_name)
+    pts, keys, is_plain = _order(packets, container_name)
     return Index(
         path=path,
         num_frames=len(pts) if pts is not None else len(packets),
@@ -93,7 +95,9 @@ def scan(path: Path) -> Index:
         rotation=rotation,
         pts=pts,
         keys=keys,
-        obstacles=_obstacles(container_name, is_closed, bits),
+        container=container_name,
+        bits=bits,
+        is_plain=is_plain,
     )
 
 
@@ -179,7 +183,7 @@ def _geometry(path: Path) -> tuple[int, int, int]:
 
 
 def _order(packets: list[Packet], container: str) -> tuple[tuple[int, ...] | None, tuple[int, ...], bool]:
-    """Return timestamps as shown, starting points, and whether counting packets from a key is exact."""
+    """Return timestamps as shown, frames to start at, and whether packets and frames correspond plainly."""
     first_key = next(i for i, packet in enumerate(packets) if packet.is_key)
     known = [packet.pts for packet in packets if packet.pts is not None]
     if container in UNTIMED_CONTAINERS or len(set(known)) < len(packets):
@@ -193,8 +197,8 @@ def _order(packets: list[Packet], container: str) -> tuple[tuple[int, ...] | Non
         bisect.bisect_left(pts, packet.pts) for packet in usable if packet.is_key and packet.pts is not None
     }
     keys.add(0)
-    is_closed = len(pts) == len(packets) and not _has_leading_frames(packets)
-    return tuple(pts), tuple(sorted(key for key in keys if key < len(pts))), is_closed
+    is_plain = len(pts) == len(packets) and not _has_leading_frames(packets)
+    return tuple(pts), tuple(sorted(key for key in keys if key < len(pts))), is_plain
 
 
 def _has_leading_frames(packets: list[Packet]) -> bool:
@@ -206,16 +210,3 @@ def _has_leading_frames(packets: list[Packet]) -> bool:
         elif key_pts is not None and packet.pts is not None and packet.pts < key_pts:
             return True
     return False
-
-
-def _obstacles(container: str, is_closed: bool, bits: int) -> tuple[str, ...]:
-    found = []
-    if container not in SEEKABLE_CONTAINERS:
-        found.append(f"a {container} container")
-    elif not is_closed:
-        found.append(
-            "frames that are shown before the key frame they follow (open groups of pictures), or never"
-        )
-    if bits > 8:
-        found.append(f"{bits}-bit pixels")
-    return tuple(found)

@@ -1,0 +1,53 @@
+"""The dataset kit on every built-in dataset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cvx_core.testing import dataset, plugin
+
+
+def clips(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).touch()
+
+
+def jsonl(folder: Path) -> dict[str, Path]:
+    clips(folder, "a.mp4", "b.mp4", "b.png")
+    records = [
+        {"file": "a.mp4", "captions": "A"},
+        {"file": "b.mp4", "captions": ["B", "C"], "image": "b.png"},
+    ]
+    (folder / "index.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return {"path": folder / "index.jsonl"}
+
+
+def csv(folder: Path) -> dict[str, Path]:
+    clips(folder, "a.mp4", "b.mp4")
+    (folder / "index.csv").write_text('video,caption\na.mp4,"A, with a comma"\nb.mp4,B\n')
+    return {"path": folder / "index.csv"}
+
+
+def prompts_videos(folder: Path) -> dict[str, Path]:
+    clips(folder, "a.mp4", "b.mp4")
+    (folder / "prompts.txt").write_text("A\nB\n")
+    (folder / "videos.txt").write_text("a.mp4\nb.mp4\n")
+    return {"prompts": folder / "prompts.txt", "videos": folder / "videos.txt"}
+
+
+def prompts(folder: Path) -> dict[str, Path]:
+    clips(folder, "a.png", "b.png")
+    (folder / "prompts.txt").write_text("A\nB\n")
+    (folder / "images.txt").write_text("a.png\nb.png\n")
+    return {"path": folder / "prompts.txt", "images_path": folder / "images.txt"}
+
+
+test_plugin = plugin.suite("datasets")
+test_datasets = (
+    dataset.suite("jsonl", jsonl)
+    + dataset.suite("csv", csv)
+    + dataset.suite("prompts-videos", prompts_videos)
+    + dataset.suite("prompts", prompts)
+    + dataset.suite("synthetic", rows=3)
+)
