@@ -34,7 +34,7 @@ class AdamW:
         split = [part for group in groups for part in self._split(group)]
         if not split:
             raise CvxError(
-                "optimizer: no parameters to train. Is everything frozen, or do adapter.targets match nothing?"
+                "optimizer: no parameters to train. Is everything frozen, or do adapter targets match none?"
             )
         cfg = self.cfg
         fused = self._fused({p.device.type for part in split for p in part["params"]})
