@@ -49,8 +49,8 @@ class CogVideoXConfig(Config):
     patch_t: Positive | None = None
     """Latent frames per patch (1.5); None: patches are images and embedded by a convolution (1.0)."""
     positions: Literal["rotary", "sincos", "rotary+learned"] = "rotary"
-    """Where position enters: rotations of queries and keys; a fixed table added to the tokens; or rotations and
-    a learned table, which fixes height, width and text_length, and bounds the number of frames."""
+    """Where position enters: rotations of queries and keys; a fixed table added to the tokens; or rotations
+    and a learned table, which fixes height, width and text_length, and bounds the number of frames."""
     rope_grid: Literal["resize", "crop"] = "crop"
     """Rotary positions of a clip: its own patch indices (crop), or those of the sample grid, into which the
     clip is fitted and centred (resize). At the sample size both are the same."""
@@ -71,8 +71,8 @@ class CogVideoXConfig(Config):
     qk_norm_eps: Epsilon = 1e-6
     """Epsilon of the norms of queries and keys."""
     out_norm_eps: Epsilon = 1e-6
-    """Epsilon of the modulated norm before the output. The releases were trained with 1e-6. diffusers computes
-    with norm_eps, 1e-5, and so does a model read from a diffusers folder; predictions shift by about 2e-5."""
+    """Epsilon of the modulated norm before the output. The releases were trained with 1e-6. diffusers has
+    1e-5 there, and so has a model read from a diffusers folder; predictions shift by about 2e-5."""
     card: Card = Card()
     """What the model demands of a recipe, where it differs from what follows from the fields above."""
 
@@ -133,7 +133,7 @@ class CogVideoXConfig(Config):
             "patch_t": self.patch_t or 1,
         }
         if self.image_condition:
-            # The 1.5 release divides at sampling what training multiplies; see docs/parity.md.
+            # In diffusers' sampling, 1.5 divides the image's latent by the scale factor, 1.0 multiplies.
             derived["image_latent"] = "scaled" if self.patch_t is None else "divided"
         if self.positions == "rotary+learned":
             derived["sizes"] = ((VAE_STRIDE * self.sample_height, VAE_STRIDE * self.sample_width),)
@@ -142,7 +142,7 @@ class CogVideoXConfig(Config):
 
     @classmethod
     def recognise(cls, foreign: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """Return the recipe fields, `use` among them, of diffusers' transformer/config.json; None if not ours.
+        """Return the recipe fields, with `use`, of diffusers' transformer/config.json; None if not ours.
 
         They make the model compute what diffusers does. A release is named by its preset. Raises FormatError
         where the file asks for something this model does not have.
