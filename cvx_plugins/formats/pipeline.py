@@ -25,6 +25,7 @@ SECTION_OF = {
 }
 """{sub-folder: recipe section, which is also the component kind}."""
 TOKENIZER = "tokenizer"
+TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 CONFIG_FILES = ("config.json", "scheduler_config.json")
 
 
@@ -65,7 +66,7 @@ def _pipeline(path: Path, registry: Registry) -> tuple[dict[str, Any], list[str]
             raise _unrecognised(file, foreign, [section], registry)
         found[section] = _with_weights(fields, section, path / name)
         notes.append(f"{section}: {name}/{file.name} ({_foreign_class(foreign)}) is {fields['use']!r}")
-    _add_tokenizer(found, path / TOKENIZER, notes)
+    _add_tokenizer(found, [path / TOKENIZER], notes)
     _set_image_latent(found, path / "vae", registry, notes)
     return found, notes
 
@@ -77,8 +78,10 @@ def _bare(path: Path, registry: Registry) -> tuple[dict[str, Any], list[str]]:
     for section in SECTION_OF.values():
         fields = _recognise(foreign, section, registry)
         if fields is not None:
-            note = f"{section}: {file} ({_foreign_class(foreign)}) is {fields['use']!r}"
-            return {section: _with_weights(fields, section, path)}, [note]
+            found = {section: _with_weights(fields, section, path)}
+            notes = [f"{section}: {file} ({_foreign_class(foreign)}) is {fields['use']!r}"]
+            _add_tokenizer(found, [path.parent / TOKENIZER, path], notes)
+            return found, notes
     raise _unrecognised(file, foreign, SECTION_OF.values(), registry)
 
 
@@ -108,14 +111,14 @@ def _with_weights(fields: dict[str, Any], section: str, folder: Path) -> dict[st
     return {**fields, "weights": {"use": "hf", "path": str(folder)}}
 
 
-def _add_tokenizer(found: dict[str, Any], folder: Path, notes: list[str]) -> None:
+def _add_tokenizer(found: dict[str, Any], folders: list[Path], notes: list[str]) -> None:
+    """Point the text encoder at the first folder with a tokenizer; None, without one, asks for it."""
     if "text_encoder" not in found:
         return
-    if folder.is_dir():
-        found["text_encoder"][TOKENIZER] = str(folder)
-    else:
-        found["text_encoder"][TOKENIZER] = None
-        notes.append(f"text_encoder: its tokenizer {folder} is missing, so the recipe has to name one")
+    holding = [folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES)]
+    found["text_encoder"][TOKENIZER] = str(holding[0]) if holding else None
+    if not holding:
+        notes.append(f"text_encoder: no tokenizer in {folders[0]}, so the recipe has to name one")
 
 
 def _set_image_latent(found: dict[str, Any], vae: Path, registry: Registry, notes: list[str]) -> None:
