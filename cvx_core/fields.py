@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,7 +63,7 @@ class FieldReader:
             return None
         fields = {key: value for key, value in data.items() if key != "use"}
         source = fields.pop("weights", None) if weights else None
-        chosen = self.choice("format", (*address, "weights"), source) if source is not None else None
+        chosen = self._source((*address, "weights"), source) if source is not None else None
         config = self._config(component, address, fields, fill or {})
         if config is None or (source is not None and chosen is None):
             return None
@@ -87,6 +88,14 @@ class FieldReader:
         if len(self.problems) > before:
             return None
         return config.model_copy(update=nested) if nested else config
+
+    def _source(self, address: Address, data: Any) -> Choice | None:
+        """Resolve where weights come from; a format without a path reads nothing."""
+        chosen = self.choice("format", address, data)
+        if chosen is not None and getattr(chosen.config, "path", "") is None:
+            self._problem(address, "needs a path. Add `path:` with the folder or file of the weights.")
+            return None
+        return chosen
 
     def _config(
         self, component: Component, address: Address, fields: dict[str, Any], fill: Mapping[str, Any]
@@ -114,7 +123,7 @@ class FieldReader:
     def _anchor(self, address: Address, value: Any, field: PathField) -> Any:
         if not isinstance(value, str) or value in field.words:
             return value
-        path = self.recipe.base_of(address) / Path(value).expanduser()
+        path = Path(os.path.normpath(self.recipe.base_of(address) / Path(value).expanduser()))
         if field.must_exist and not path.exists():
             at_recipe = self.recipe.base_of(address) == self.recipe.base
             start = "the recipe's folder" if at_recipe else "the working directory"

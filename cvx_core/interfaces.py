@@ -129,6 +129,7 @@ class Autoencoder(Protocol):
     """An nn.Module that maps video to latent and back. Tiling and slicing are config, not arguments."""
 
     compression: tuple[int, int, int]  # frames, height, width
+    latent_channels: int
     scale_factor: float
 
     def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:

@@ -158,8 +158,15 @@ class Sample:
         """Decode one latent (C,T,h,w) and write its files, the record last."""
         weight = next(parts.autoencoder.parameters())
         video = to_uint8(parts.autoencoder.decode(latent[None].to(weight.device, weight.dtype))[0])
+        if len(video) != spec.video.frames:
+            log.warning(
+                "%s: %d frames came out for %d asked for: an even number of latent frames decodes to four each",
+                job.name,
+                len(video),
+                spec.video.frames,
+            )
         path = spec.output / job.name
-        record = self._record(job, spec)
+        record = self._record(job, len(video), spec)
         fps = spec.video.fps
         if "mp4" in self._config.formats:
             write_mp4(path.with_suffix(".mp4"), video, fps, record)
@@ -181,7 +188,7 @@ class Sample:
                 clips.append((job.prompt, clip.frames(range(clip.num_frames))))
         write_sheet(folder / "sheet.png", clips)
 
-    def _record(self, job: Job, spec: Spec) -> dict[str, Any]:
+    def _record(self, job: Job, frames: int, spec: Spec) -> dict[str, Any]:
         config = self._config
         return {
             "prompt": job.prompt,
@@ -191,7 +198,7 @@ class Sample:
             "steps": config.steps,
             "guidance": config.guidance,
             "dynamic_guidance": config.dynamic_guidance,
-            "frames": spec.video.frames,
+            "frames": frames,
             "fps": spec.video.fps,
             "digest": spec.digest,
         }

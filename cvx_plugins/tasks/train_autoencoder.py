@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cvx_core.errors import CvxError
 from cvx_core.interfaces import Batch, Deps, Parts
 from cvx_core.random import keyed
 from cvx_core.spec import Spec
@@ -49,6 +50,11 @@ class TrainAutoencoder:
         KL divergence of a diagonal Gaussian from the unit one: Kingma & Welling 2014, appendix B.
         """
         reconstruction, mean, logvar = autoencoder.reconstruct(video, generator)  # type: ignore[operator]
+        if reconstruction.shape != video.shape:
+            raise CvxError(
+                f"video.frames {video.shape[2]}: the reconstruction has {reconstruction.shape[2]} frames. "
+                "Use a number of frames that comes back as it is, such as 1, 9 or 17."
+            )
         distance = F.l1_loss if self._config.reconstruction == "l1" else F.mse_loss
         kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).mean()
         return distance(reconstruction.float(), video.float()) + self._config.kl_weight * kl

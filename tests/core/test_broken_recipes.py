@@ -139,6 +139,10 @@ BROKEN = {
         base(("  num_layers: 1\n", "  num_layers: 1\n  weights: {use: hf, path: gone}\n")),
         ["r.yaml:6: predictor.weights.path: no such file or folder:"],
     ),
+    "weights from nowhere": (
+        base(("  num_layers: 1\n", "  num_layers: 1\n  weights: {use: hf}\n")),
+        ["r.yaml:6: predictor.weights: needs a path."],
+    ),
     "missing model": ("model: gone\n" + base(), ["r.yaml:1: model: no such folder:"]),
     "resume from nowhere": (
         base(("steps: 2", "steps: 2\n  resume: gone")),
@@ -164,7 +168,11 @@ BROKEN = {
         ["r.yaml:13: task: stop_at 3 is past steps 2; leave it out."],
     ),
     "two problems at once": (
-        base(("num_layers", "num_layer"), ("frames: 9", "frames: nine"), ("use: synthetic", "use: synthetc")),
+        base(
+            ("  num_layers: 1\n  num", "  num_layer: 1\n  num"),
+            ("frames: 9", "frames: nine"),
+            ("use: synthetic", "use: synthetc"),
+        ),
         [
             "r.yaml:2: video.frames: got 'nine'; expected a whole number.",
             "r.yaml:5: predictor.num_layer:",
