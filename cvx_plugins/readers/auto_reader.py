@@ -23,7 +23,7 @@ class AutoReader:
 
     name = "auto"
 
-    def __init__(self, prefer: str = "decord", threads: int = 0):
+    def __init__(self, prefer: str = "pyav", threads: int = 0):
         self.pyav = PyavReader(threads)
         self.chosen: Any = self.pyav
         if prefer == "decord" and importlib.util.find_spec("decord") is not None:
@@ -36,7 +36,7 @@ class AutoReader:
         """Return an open clip. Raises FormatError where the file is no readable video."""
         index = scan(Path(path))
         if self.chosen is not self.pyav and (found := obstacles(index)):
-            logger.info("%s: read by pyav, for it has %s", path, " and ".join(found))
+            logger.debug("%s: read by pyav, for it has %s", path, " and ".join(found))
             return self.pyav.open_index(index)
         return self.chosen.open_index(index)
 

@@ -154,10 +154,16 @@ class TrainAutoencoderConfig(LoopConfig):
     needs: ClassVar = ("autoencoder", "dataset", "reader", "optimizer", "loader")
     trains: ClassVar = "autoencoder"
 
-    reconstruction: Literal["l1", "l2"] = "l1"
-    """Distance between the video and its reconstruction."""
-    kl_weight: NonNegativeFloat = 1e-6
-    """Weight of the KL divergence, per latent element."""
+    reconstruction: Literal["l1", "l2", "l1+l2"] = "l1"
+    """Distance between the video and its reconstruction, a mean over pixels."""
+    kl_weight: NonNegativeFloat = 1e-3
+    """Weight of the KL divergence, a mean over latent elements."""
+    measure_scale: bool = False
+    """Export with the scale factor that gives the latents of these clips unit variance."""
+
+    def check(self, spec: Spec) -> Iterable[Problem]:
+        if self.measure_scale and self.export is None:
+            yield Problem("measure_scale", "has nothing to do without `export: {use: hf}`. Add it.")
 
 
 def _needs_weights(spec: Spec, section: str, verb: str) -> Iterable[Problem]:

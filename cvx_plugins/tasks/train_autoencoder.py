@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +17,9 @@ from cvx_plugins.tasks import TrainAutoencoderConfig
 from cvx_plugins.tasks.export import export_component
 from cvx_plugins.tasks.loop import Loop
 from cvx_plugins.tasks.rows import make_loader
+
+log = logging.getLogger("cvx")
+DISTANCES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
 class TrainAutoencoder:
@@ -42,7 +48,25 @@ class TrainAutoencoder:
         autoencoder.train()
         finished = Loop(config, parts, spec, autoencoder).run(make_loader(parts, spec), step)
         if finished and config.export is not None:
-            export_component(autoencoder, spec.choices["autoencoder"], spec.output / "model", config.export)
+            choice = spec.choices["autoencoder"]
+            if config.measure_scale:
+                scale = round(1 / self.latent_deviation(parts, spec), 4)
+                log.info("scale factor of the latents: %g", scale)
+                choice = replace(choice, config=choice.config.model_copy(update={"scale_factor": scale}))
+            export_component(autoencoder, choice, spec.output / "model", config.export)
+
+    @torch.no_grad()
+    def latent_deviation(self, parts: Parts, spec: Spec) -> float:
+        """Return the standard deviation of unscaled latents over the clips, posterior noise included."""
+        weight = next(parts.autoencoder.parameters())
+        squares, sums, count = 0.0, 0.0, 0
+        for _, batch in make_loader(parts, spec, once=True).iterate(epochs=1):
+            assert batch.video is not None
+            mean, std = parts.autoencoder.moments(batch.video.to(weight.device, weight.dtype))
+            squares += float((mean.double() ** 2 + std.double() ** 2).sum())
+            sums += float(mean.double().sum())
+            count += mean.numel()
+        return float((squares / count - (sums / count) ** 2) ** 0.5)
 
     def loss(self, autoencoder: torch.nn.Module, video: Tensor, generator: torch.Generator) -> Tensor:
         """Return the loss of a video batch (B,3,F,H,W), float32, per pixel.
@@ -55,6 +79,7 @@ class TrainAutoencoder:
                 f"video.frames {video.shape[2]}: the reconstruction has {reconstruction.shape[2]} frames. "
                 "Use a number of frames that comes back as it is, such as 1, 9 or 17."
             )
-        distance = F.l1_loss if self._config.reconstruction == "l1" else F.mse_loss
+        distances = [DISTANCES[name] for name in self._config.reconstruction.split("+")]
+        error = sum(distance(reconstruction.float(), video.float()) for distance in distances)
         kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).mean()
-        return distance(reconstruction.float(), video.float()) + self._config.kl_weight * kl
+        return error + self._config.kl_weight * kl
