@@ -45,6 +45,12 @@ FIXED = {
 """What a file may choose, and every CogVideoX model has alike."""
 
 
+UNSPOKEN = ("out_norm_eps", "qk_norm_eps", "ofs", "rope_grid")
+"""Fields that diffusers has one value for and no key."""
+OURS = "_cvx"
+"""Where they stand in a file that we wrote; diffusers skips keys that begin with an underscore."""
+
+
 def is_ours(foreign: Mapping[str, Any]) -> bool:
     """Tell whether a config.json is of this model."""
     return foreign.get("_class_name") == CLASS_NAME
@@ -78,11 +84,11 @@ def fields_of(foreign: Mapping[str, Any]) -> dict[str, Any]:
     fields["positions"] = "rotary+learned" if learned else "rotary" if rotary else "sincos"
     fields["rope_grid"] = "resize" if is_image_patch else "crop"
     fields["out_norm_eps"] = foreign.get("norm_eps", 1e-5)
-    return fields
+    return {**fields, **foreign.get(OURS, {})}
 
 
 def describe(config: CogVideoXConfig) -> dict[str, Any]:
-    """Return the config.json of a model. out_norm_eps, qk_norm_eps, ofs and rope_grid have no key there."""
+    """Return the config.json of a model, with the fields that have no key there apart."""
     return {
         "_class_name": CLASS_NAME,
         **{theirs: getattr(config, ours) for theirs, ours in SAME.items()},
@@ -91,4 +97,5 @@ def describe(config: CogVideoXConfig) -> dict[str, Any]:
         "patch_bias": config.patch_t is None,
         "use_rotary_positional_embeddings": config.positions != "sincos",
         "use_learned_positional_embeddings": config.positions == "rotary+learned",
+        OURS: {name: getattr(config, name) for name in UNSPOKEN},
     }

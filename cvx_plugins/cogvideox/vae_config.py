@@ -152,7 +152,7 @@ class CogVideoXVAEConfig(Config):
         fields["channel_multipliers"] = tuple(width // base for width in widths)
         fields.setdefault("scale_factor", 1.15258426)
         fields["temporal_compression"] = int(fields.get("temporal_compression", 4))
-        return {"use": cls.family, **fields}
+        return {"use": cls.family, **fields, **foreign.get("_cvx", {})}
 
     def describe(self) -> Mapping[str, Any]:
         """Return the Diffusers config of this model. Raises FormatError where Diffusers cannot express it."""
@@ -171,8 +171,19 @@ class CogVideoXVAEConfig(Config):
             "up_block_types": ["CogVideoXUpBlock3D"] * levels,
             "sample_height": 2 * self.tile.height if self.tile else 480,
             "sample_width": 2 * self.tile.width if self.tile else 720,
+            "_cvx": {name: getattr(self, name) for name in _UNSPOKEN},
         }
 
+
+_UNSPOKEN = (
+    "encode",
+    "encode_chunk",
+    "encode_first_frame",
+    "decode",
+    "decode_chunk",
+    "decode_first_frame",
+)
+"""Fields that Diffusers has no key for; it skips keys that begin with an underscore."""
 
 _SAME = {
     "in_channels": "in_channels",

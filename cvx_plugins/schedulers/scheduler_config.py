@@ -39,6 +39,8 @@ class SchedulerConfig(Config):
 
     foreign_class: ClassVar[str] = ""
     foreign_use: ClassVar[str] = ""
+    unspoken: ClassVar[tuple[str, ...]] = ("flavour", "draw", "groups", "guidance_exponent")
+    """Fields that the foreign file has no key for; its library skips keys that begin with an underscore."""
 
     snr_shift: Annotated[float, Field(gt=0.0)] = 1.0
     """Divide the signal-to-noise ratio of every timestep by this: above 1 noisier, 1 as the betas give it."""
@@ -119,6 +121,7 @@ class SchedulerConfig(Config):
             "beta_start": values["beta_start"],
             "beta_end": values["beta_end"],
             "spacing": values["timestep_spacing"],
+            **foreign.get("_cvx", {}),
         }
 
     def describe(self) -> dict[str, Any]:
@@ -133,6 +136,7 @@ class SchedulerConfig(Config):
             "rescale_betas_zero_snr": self.zero_snr,
             "snr_shift_scale": self.snr_shift,
             "timestep_spacing": self.spacing,
+            "_cvx": {name: getattr(self, name) for name in self.unspoken},
         }
 
 
@@ -148,6 +152,7 @@ class DPMConfig(SchedulerConfig):
 
     foreign_class: ClassVar[str] = "CogVideoXDPMScheduler"
     foreign_use: ClassVar[str] = "dpm"
+    unspoken: ClassVar[tuple[str, ...]] = (*SchedulerConfig.unspoken, "solver")
 
     solver: Literal["sde", "ode"] = "sde"
     """Stochastic (fresh noise at every step) or deterministic."""

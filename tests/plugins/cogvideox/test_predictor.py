@@ -100,15 +100,27 @@ def test_a_foreign_config_is_not_recognised() -> None:
     assert CogVideoXConfig.recognise({"_class_name": "AutoencoderKLCogVideoX"}) is None
 
 
+def by_diffusers(config: CogVideoXConfig) -> dict[str, Any]:
+    """Return config.json as diffusers itself would have written it."""
+    return {key: value for key, value in config.describe().items() if key != "_cvx"}
+
+
 def test_the_sample_grid_does_not_hide_a_release_where_it_only_bounds() -> None:
     config = CogVideoXConfig(**PRESETS["cogvideox-1.5-5b"])
-    foreign = {**config.describe(), "sample_height": 96, "sample_width": 170}
+    foreign = by_diffusers(config) | {"sample_height": 96, "sample_width": 170}
     assert CogVideoXConfig.recognise(foreign) == {"use": "cogvideox-1.5-5b", "out_norm_eps": 1e-5}
 
 
 def test_another_size_is_the_bare_model_with_what_differs() -> None:
-    fields = CogVideoXConfig.recognise(CogVideoXConfig(**SMALL, **LEARNED).describe())
+    fields = CogVideoXConfig.recognise(by_diffusers(CogVideoXConfig(**SMALL, **LEARNED)))
     assert fields == {"use": "cogvideox", **SMALL, **LEARNED, "rope_grid": "resize", "out_norm_eps": 1e-5}
+
+
+def test_our_own_config_json_keeps_what_diffusers_has_no_key_for() -> None:
+    config = CogVideoXConfig(**SMALL, **LEARNED, qk_norm_eps=1e-5, ofs=3.0)
+    fields = dict(CogVideoXConfig.recognise(config.describe()) or {})
+    assert fields.pop("use") == "cogvideox"
+    assert CogVideoXConfig(**fields) == config
 
 
 @pytest.mark.parametrize(

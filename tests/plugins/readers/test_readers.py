@@ -103,10 +103,10 @@ def test_auto_says_which_library_it_takes(
     pytest.importorskip("decord")
     path = encode("plain.mp4")
     with caplog.at_level(logging.INFO, "cvx"):
-        assert reader("auto").choice(path) == "decord"
-        assert reader("auto", prefer="pyav").choice(path) == "pyav"
-        monkeypatch.setitem(sys.modules, "decord", None)
+        assert reader("auto", prefer="decord").choice(path) == "decord"
         assert reader("auto").choice(path) == "pyav"
+        monkeypatch.setitem(sys.modules, "decord", None)
+        assert reader("auto", prefer="decord").choice(path) == "pyav"
     assert "reader auto: decord" in caplog.messages[0]
     assert "decord is not installed" in caplog.messages[-1]
 
