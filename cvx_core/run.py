@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(spec: Spec) -> None:
     """Build, place and run a spec: the library's form of the command."""
-    from cvx_core.build import build
-    from cvx_core.place import place
+    from cvx_core.building import build
+    from cvx_core.placing import place
 
     parts = place(build(spec), spec)
     parts.task.run(parts, spec)

@@ -20,7 +20,9 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Coverage:
-    """How a file covers a module. consumed: {name in the file: parameter}; dropped: names known to be unneeded."""
+    """How a file covers a module. consumed: {name in the file: parameter}; dropped: names known to be
+    unneeded.
+    """
 
     consumed: Mapping[str, str]
     dropped: tuple[str, ...] = ()
@@ -34,9 +36,9 @@ def check_index(
 ) -> Coverage:
     """Compare what a file holds with the parameters {name: shape} a module wants; reads no tensor.
 
-    aliases: other names a file may use: {alias: parameter}, or {alias: None} for a tensor the module does not need. An
-    alias is used where the parameter's own name is absent, and dropped otherwise. Raises FormatError listing everything
-    missing, extra and misshaped at once.
+    aliases: other names a file may use: {alias: parameter}, or {alias: None} for a tensor the module does not
+    need. An alias is used where the parameter's own name is absent, and dropped otherwise. Raises FormatError
+    listing everything missing, extra and misshaped at once.
     """
     aliases = aliases or {}
     consumed = {name: name for name in index if name in wanted}
@@ -74,8 +76,8 @@ def copy_into(
 ) -> dict[tuple[str, str], int]:
     """Copy tensors into parameters one at a time; `consumed` is the Coverage's. Keeps each parameter's dtype.
 
-    Returns {(dtype in the file, dtype of the parameter): count} of the tensors that were cast. Raises FormatError where
-    the stream ends before every parameter was filled.
+    Returns {(dtype in the file, dtype of the parameter): count} of the tensors that were cast. Raises
+    FormatError where the stream ends before every parameter was filled.
     """
     import torch
 
@@ -108,8 +110,8 @@ def _remedy(consumed: Mapping[str, str], misshaped: list[str]) -> str:
     if not consumed:
         return "No name matches: this is another model, or another format. Check `weights.use` and `weights.path`."
     if misshaped:
-        return "The sizes differ: use the preset these weights belong to, or set its fields to these shapes."
-    return "The names differ: use the preset these weights belong to (layers, variant), or a complete file."
+        return "The sizes differ: use the preset of these weights, or set its fields to these shapes."
+    return "The names differ: use the preset of these weights (layers, variant), or a complete file."
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -16,7 +16,9 @@ def suite(plugin: str) -> Suite:
         registry = Registry.discover()
         broken = {failure.plugin: failure.error for failure in registry.failures}
         assert plugin not in broken, f"plugin {plugin!r} fails to load: {broken.get(plugin)}"
-        assert _components(plugin), f"plugin {plugin!r} yields no component; is its entry point in group `cvx`?"
+        assert _components(plugin), (
+            f"plugin {plugin!r} yields no component; is its entry point in group `cvx`?"
+        )
 
     def imports_no_torch() -> None:
         code = (

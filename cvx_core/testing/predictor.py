@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cvx_core.card import Card
 from cvx_core.interfaces import Condition, Plan, Tokens
-from cvx_core.place import initialise
+from cvx_core.placing import initialise
 from cvx_core.registry import Registry
 from cvx_core.testing import Suite
 

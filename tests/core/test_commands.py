@@ -101,3 +101,13 @@ def test_importing_the_core_imports_no_torch():
 def test_the_resolved_recipe_resolves_to_itself(recipe):
     spec = resolve(parse(RECIPE))
     assert resolve(parse(spec.to_yaml())).resolved == spec.resolved
+
+
+def test_the_library_is_the_same_calls(recipe):
+    import cvx_core as cvx
+
+    spec = cvx.resolve(cvx.load(recipe, {"device": "cpu"}))
+    parts = cvx.place(cvx.build(spec), spec)
+    assert not next(parts.predictor.parameters()).is_meta
+    with pytest.raises(AttributeError, match="nothing"):
+        cvx.nothing  # noqa: B018

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cvx_core import FormatError
 from cvx_core.interfaces import Condition
-from cvx_core.place import initialise
+from cvx_core.placing import initialise
 from cvx_plugins.cogvideox.model import CogVideoX
 from cvx_plugins.cogvideox.predictor_config import CogVideoXConfig
 from cvx_plugins.cogvideox.presets import PRESETS

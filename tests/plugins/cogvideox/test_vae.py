@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cvx_core import CvxError
-from cvx_core.place import initialise
+from cvx_core.placing import initialise
 from cvx_core.registry import Registry
 from cvx_parallel import causal_conv
 from cvx_parallel.causal_conv import CausalConv3d, Chunk
@@ -126,26 +126,23 @@ def test_pass_that_breaks_off_leaves_nothing_behind(make):
     assert torch.equal(module.encode(video), latent)
 
 
-def test_slots_can_spread_chunks_over_workers(make):
-    """Two copies take turns; a halo comes from the other copy's chunk, as it would from another rank."""
+def test_slots_can_spread_chunks_over_copies_of_the_model(make):
+    """Two copies take turns; each halo comes from the other's chunk, as it would from another rank."""
     module, video = make(), randn(1, 3, 25, 8, 8).clamp(-1, 1)
     expected = module.encode(video)
-    workers = [copy.deepcopy(module) for _ in range(2)]
-    mailbox, done = {}, {}
-    for rank, worker in enumerate(workers):
-        for name, conv in worker.named_modules():
+    copies = [copy.deepcopy(module) for _ in range(2)]
+    mailbox, done = {}, []
+    for twin in copies:
+        for name, conv in twin.named_modules():
             if isinstance(conv, CausalConv3d):
                 conv.halo = _from_mailbox(mailbox, name)
-        worker.chunks = lambda count, rank=rank: (yield from range(rank, count, 2))
-    # one thread: let each chunk be a pass of its own, in the order in which the halos arrive
     for index in range(3):
-        worker = workers[index % 2]
-        worker.chunks = lambda count, index=index: [index]
-        worker.gather = lambda outputs, count, index=index: done.setdefault(index, outputs)
-        worker.encode(video)
-    latent = torch.cat([done[index][0] for index in range(3)], dim=2)
-    mean = latent.chunk(2, dim=1)[0] * module.scale_factor
-    assert torch.equal(mean, expected)
+        twin = copies[index % 2]
+        twin.chunks = lambda count, index=index: [index]
+        twin.gather = lambda outputs, count: done.append(outputs[0]) or outputs
+        twin.encode(video)
+    mean = torch.cat(done, dim=2).chunk(2, dim=1)[0]
+    assert torch.equal(mean * module.scale_factor, expected)
 
 
 def _from_mailbox(mailbox, name):
@@ -167,7 +164,7 @@ def test_gather_slot_returns_what_other_ranks_made(make):
     torch.testing.assert_close(swapped[:, :, :8], expected[:, :, 9:], rtol=0, atol=0)
 
 
-def test_normalise_slot_can_share_statistics_over_a_split_clip(make):
+def test_normalise_slot_sees_what_is_normalised(make):
     module, video = make(encode="whole"), randn(1, 3, 17, 8, 8).clamp(-1, 1)
     expected = module.encode(video)
     calls = []
@@ -186,7 +183,7 @@ def test_tile_as_large_as_the_clip_changes_nothing(make):
     assert torch.equal(tiled.decode(latent), make().decode(latent))
 
 
-def test_tiles_of_a_constant_function_blend_to_it():
+def test_tiles_of_a_local_function_blend_to_it():
     x = randn(1, 2, 3, 7, 5)
     tiled = vae_tiling.run_tiles(lambda tile: tile * 2, x, unit=(1, 1), size=(4, 3), overlap=(2, 1))
     torch.testing.assert_close(tiled, x * 2, rtol=0, atol=1e-6)

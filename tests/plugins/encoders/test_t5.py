@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cvx_core import CvxError, FormatError, Registry
-from cvx_core.place import initialise
+from cvx_core.placing import initialise
 from cvx_plugins.encoders.t5_config import XXL, T5Config
 
 # As the released pipelines have it, without keys of the decoder.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cvx_core.build import MODULES
+from cvx_core.building import MODULES
 from cvx_core.errors import PluginError
 from cvx_core.interfaces import Deps, Parts
 from cvx_core.random import keyed

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from cvx_core import Component, Config, FormatError, InputPath, PluginError, Registry
-from cvx_core.build import build
+from cvx_core.building import build
 from cvx_core.interfaces import TensorInfo
-from cvx_core.place import Stage, initialise, place
+from cvx_core.placing import Stage, initialise, place
 from cvx_core.recipe import parse
 from cvx_core.run_config import TaskConfig
 from cvx_core.spec import resolve
