@@ -108,7 +108,7 @@ def _listing(lists: Iterable[tuple[str, list[str]]]) -> str:
 
 def _remedy(consumed: Mapping[str, str], misshaped: list[str]) -> str:
     if not consumed:
-        return "No name matches: this is another model, or another format. Check `weights.use` and `weights.path`."
+        return "No name matches: another model, or another format. Check `weights.use` and `weights.path`."
     if misshaped:
         return "The sizes differ: use the preset of these weights, or set its fields to these shapes."
     return "The names differ: use the preset of these weights (layers, variant), or a complete file."

@@ -173,9 +173,7 @@ def changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
 
 @contextmanager
 def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """Turn the first interrupt or termination into a request to stop after the step; a second one acts at
-    once.
-    """
+    """Turn a first interrupt or termination into a request to stop; a second one acts at once."""
     received: list[int] = []
     before: dict[int, Any] = {}
 
@@ -185,8 +183,8 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
         signal.signal(number, before[number])
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
+        for stop in (signal.SIGINT, signal.SIGTERM):
+            before[stop] = signal.signal(stop, note)
     except ValueError:  # not in the main thread: signals are the caller's business
         pass
     try:

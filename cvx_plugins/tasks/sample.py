@@ -160,7 +160,7 @@ class Sample:
         video = to_uint8(parts.autoencoder.decode(latent[None].to(weight.device, weight.dtype))[0])
         if len(video) != spec.video.frames:
             log.warning(
-                "%s: %d frames came out for %d asked for: an even number of latent frames decodes to four each",
+                "%s: %d frames came out for %d asked for; an even number of latents decodes to four each",
                 job.name,
                 len(video),
                 spec.video.frames,

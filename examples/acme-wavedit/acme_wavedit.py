@@ -59,7 +59,7 @@ class WaveDiTConfig(Config):
         return {"use": "acme-wavedit", **{k: v for k, v in foreign.items() if not k.startswith("_")}}
 
 
-# The author's own training code calls a block "net.layer3"; weights in that layout are `acme-wavedit:acme-pack`.
+# The author's own training code calls a block "net.layer3"; such files are read through this table.
 NATIVE = Names(rules=(Rename("net.layer{i}.{rest}", "layers.{i}.{rest}"), Rename("net.{rest}", "{rest}")))
 
 
@@ -76,7 +76,7 @@ def cvx_components() -> Iterable[Component]:
     yield Component("names", "acme-wavedit:acme-pack", None, "acme_wavedit:NATIVE")
 
 
-def build(cfg: WaveDiTConfig, deps: Any) -> nn.Module:
+def build(cfg: WaveDiTConfig, _deps: Any) -> nn.Module:
     """Return the model; torch is imported here, because a recipe asked for it."""
     from math import log
 

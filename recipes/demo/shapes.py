@@ -56,7 +56,7 @@ def draw(colour: str, shape: str, direction: str, rng: np.random.Generator) -> n
 
 
 def draw_busy(rng: np.random.Generator) -> np.ndarray:
-    """Return a clip of several shapes of any colour on any ground: variety for the autoencoder to learn from."""
+    """Return a clip of several shapes of any colour on any ground: variety for the autoencoder."""
     palette = np.array(list(COLOURS.values()), float)
     ground = np.array(BACKGROUND, float) if rng.random() < 0.5 else rng.uniform(0, 255, 3)
     frames = np.tile(ground, (FRAMES, SIZE, SIZE, 1))
