@@ -5,7 +5,7 @@ Source of the architecture: CogVideoX, Yang et al. 2024 (arXiv 2408.06072), sect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -40,13 +40,10 @@ class Level(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(blocks)
 
-    def forward(self, x: Tensor, chunk: Chunk, latent: Tensor | None = None) -> Tensor:
-        for block in self.resnets:
-            x = block(x, chunk, latent)
-        for name in ("downsamplers", "upsamplers"):
-            for resample in getattr(self, name, ()):
-                x = resample(x, chunk)
-        return x
+    def steps(self) -> Iterator[nn.Module]:
+        """Yield what runs, in order."""
+        for name in ("resnets", "downsamplers", "upsamplers"):
+            yield from getattr(self, name, ())
 
 
 class Encoder(nn.Module):
@@ -71,9 +68,9 @@ class Encoder(nn.Module):
 
     def forward(self, video: Tensor, chunk: Chunk) -> Tensor:
         x = self.conv_in(video, chunk)
-        for level in self.down_blocks:
-            x = level(x, chunk)
-        x = self.mid_block(x, chunk)
+        for level in (*self.down_blocks, self.mid_block):
+            for step in level.steps():
+                x = step(x, chunk)
         return self.conv_out(silu(self.norm_out(x)), chunk)
 
 
@@ -100,9 +97,9 @@ class Decoder(nn.Module):
 
     def forward(self, latent: Tensor, chunk: Chunk) -> Tensor:
         x = self.conv_in(latent, chunk)
-        x = self.mid_block(x, chunk, latent)
-        for level in self.up_blocks:
-            x = level(x, chunk, latent)
+        for level in (self.mid_block, *self.up_blocks):
+            for step in level.steps():
+                x = step(x, chunk, latent)
         x = silu(self.norm_out(x, latent))
         x = self.conv_out.extend(x, chunk)
         return self.conv_out.convolve(x)
@@ -121,6 +118,7 @@ class CogVideoXVAE(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.compression = cfg.compression
+        self.latent_channels = cfg.latent_channels
         self.latent_channels = cfg.latent_channels
         self.scale_factor = cfg.scale_factor
         self.encoder = Encoder(cfg)
@@ -199,13 +197,10 @@ class CogVideoXVAE(nn.Module):
         return run_tiles(run, x, unit, size, overlap)
 
     def _in_chunks(self, net: nn.Module, grid: Grid, x: Tensor) -> Tensor:
-        # oneDNN reads channels-last memory as it is, and frames of one clip are then contiguous.
-        if x.device.type == "cpu":
-            x = x.contiguous(memory_format=torch.channels_last_3d)
         parts = x.split(grid(x.shape[2]), dim=2)
         tails: dict[nn.Module, Tensor] = {}
         outputs = [net(parts[i], Chunk(i, len(parts), tails)) for i in self.chunks(len(parts))]
-        return torch.cat(self.gather(outputs, len(parts)), dim=2).contiguous()
+        return torch.cat(self.gather(outputs, len(parts)), dim=2)
 
     def _check(self, x: Tensor, channels: int, step: tuple[int, ...], what: str) -> None:
         if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:

@@ -30,22 +30,6 @@ def kept_frames(frames: int, rule: str, chunk: Chunk) -> int:
     return {"odd": frames % 2, "alone": int(chunk.is_first), "paired": 0}[rule]
 
 
-def layout(x: Tensor) -> torch.memory_format:
-    """Return how x (B,C,F,H,W) lies in memory: channels last or first."""
-    is_last = x.is_contiguous(memory_format=torch.channels_last_3d)
-    return torch.channels_last_3d if is_last else torch.contiguous_format
-
-
-def as_images(x: Tensor) -> Tensor:
-    """Return frames as a batch (B*F,C,H,W); a view of channels-last memory."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def as_video(images: Tensor, batch: int) -> Tensor:
-    """Undo as_images."""
-    return images.unflatten(0, (batch, -1)).transpose(1, 2)
-
-
 class GroupNorm(nn.GroupNorm):
     """Group norm with a `normalise` slot, so that ranks that hold parts of a clip can share statistics."""
 
@@ -75,17 +59,14 @@ class ConditionedNorm(nn.Module):
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:
         """Return GN(x) * gain + shift for x (B,C,F,r*h,r*w) and latent (B,c,T,h,w)."""
         index = nearest_frames(x.shape[2], latent.shape[2], x.device)
-        places = latent.index_select(2, index).movedim(1, -1)
-        gain, shift = (self._read(conv.conv, places, x) for conv in (self.conv_y, self.conv_b))
-        cells = self.norm_layer(x).unflatten(4, (latent.shape[4], -1)).unflatten(3, (latent.shape[3], -1))
-        out = None if torch.is_grad_enabled() else cells
-        return torch.addcmul(shift, cells, gain, out=out).flatten(5, 6).flatten(3, 4)
-
-    @staticmethod
-    def _read(conv: nn.Conv3d, places: Tensor, x: Tensor) -> Tensor:
-        """Return what a 1x1x1 convolution says at each of `places` (B,F,h,w,c), laid out as x is."""
-        y = F.linear(places, conv.weight.flatten(1), conv.bias).movedim(-1, 1)
-        return y.contiguous(memory_format=layout(x))[:, :, :, :, None, :, None]
+        columns = x.shape[4] // latent.shape[4]
+        gain, shift = (
+            conv.convolve(latent).index_select(2, index).repeat_interleave(columns, dim=4)[:, :, :, :, None]
+            for conv in (self.conv_y, self.conv_b)
+        )
+        rows = self.norm_layer(x).unflatten(3, (latent.shape[3], -1))
+        out = None if torch.is_grad_enabled() else rows
+        return torch.addcmul(shift, rows, gain, out=out).flatten(3, 4)
 
 
 def nearest_frames(frames: int, latent_frames: int, device: torch.device) -> Tensor:
@@ -144,20 +125,10 @@ class Downsample(nn.Module):
         self.in_time = in_time
         self.rule = rule
 
-    def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
+    def forward(self, x: Tensor, chunk: Chunk, latent: Tensor | None = None) -> Tensor:
         if self.in_time:
-            x = self._halve_time(x, kept_frames(x.shape[2], self.rule, chunk))
-        images = F.pad(as_images(x), (0, 1, 0, 1))
-        return as_video(self.conv(images), x.shape[0])
-
-    @staticmethod
-    def _halve_time(x: Tensor, kept: int) -> Tensor:
-        pairs = (x.shape[2] - kept) // 2
-        if not pairs:
-            return x[:, :, :kept]
-        paired = x[:, :, kept : kept + 2 * pairs]
-        means = (paired[:, :, 0::2] + paired[:, :, 1::2]) / 2
-        return torch.cat([x[:, :, :kept], means], dim=2) if kept else means
+            x = halve_time(x, kept_frames(x.shape[2], self.rule, chunk))
+        return per_frame(F.pad(x, (0, 1, 0, 1)), self.conv.weight, self.conv.bias, stride=2)
 
 
 class Upsample(nn.Module):
@@ -174,22 +145,33 @@ class Upsample(nn.Module):
         self.in_time = in_time
         self.rule = rule
 
-    def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
+    def forward(self, x: Tensor, chunk: Chunk, latent: Tensor | None = None) -> Tensor:
         batch, channels, frames, height, width = x.shape
         kept = kept_frames(frames, self.rule, chunk) if self.in_time else frames
-        images = as_images(x)
-        size = (batch, channels, kept + 2 * (frames - kept), 2 * height, 2 * width)
-        out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout(x))
+        out = x.new_empty(batch, channels, kept + 2 * (frames - kept), 2 * height, 2 * width)
         kernels = parity_kernels(self.conv.weight)
         for row in (0, 1):
             for column in (0, 1):
-                y = F.conv2d(images, kernels[row][column], self.conv.bias, padding=1)
-                y = as_video(y[:, :, row : row + height, column : column + width], batch)
+                y = per_frame(x, kernels[row][column], self.conv.bias, padding=1)
+                y = y[:, :, :, row : row + height, column : column + width]
                 target = out[:, :, :, row::2, column::2]
                 target[:, :, :kept] = y[:, :, :kept]
                 target[:, :, kept::2] = y[:, :, kept:]
                 target[:, :, kept + 1 :: 2] = y[:, :, kept:]
         return out
+
+
+def per_frame(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> Tensor:
+    """Return the 2D convolution of every frame; weight (O,I,kh,kw)."""
+    return F.conv3d(x, weight[:, :, None], bias, (1, stride, stride), (0, padding, padding))
+
+
+def halve_time(x: Tensor, kept: int) -> Tensor:
+    """Return the first `kept` frames, then the means of the pairs after them; an odd last frame is lost."""
+    pairs = (x.shape[2] - kept) // 2
+    paired = x[:, :, kept : kept + 2 * pairs]
+    means = torch.lerp(paired[:, :, 0::2], paired[:, :, 1::2], 0.5)
+    return torch.cat([x[:, :, :kept], means], dim=2) if kept else means
 
 
 def parity_kernels(weight: Tensor) -> list[list[Tensor]]:

@@ -32,7 +32,8 @@ def pair(component):
         theirs = diffusers.AutoencoderKLCogVideoX.from_config(described).requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
         for parameter in theirs.parameters():
-            fan_in = max(parameter[0].numel(), 1) if parameter.ndim > 1 else 25
+            # scaled so that outputs are of the size of pixels, where the tolerance means what it says
+            fan_in = 4 * parameter[0].numel() if parameter.ndim > 1 else 25
             drawn = torch.randn(parameter.shape, generator=generator) / fan_in**0.5
             parameter.copy_(drawn + (parameter.ndim == 1))
         with torch.device("meta"):
