@@ -18,7 +18,7 @@ SMALL = {"num_layers": 4, "num_heads": 8, "text_dim": 256, "text_length": 64, "t
 FULL = {"num_layers": 2}
 """Two blocks of the full width: a block's cost does not depend on how many there are."""
 LATENT = {"small": (1, 16, 4, 16, 24), "full": (1, 16, 14, 60, 90)}
-CPU_LATENT = {"small": LATENT["small"], "full": (1, 16, 2, 30, 46)}
+CPU_LATENT = {"small": LATENT["small"], "full": (1, 16, 2, 16, 22)}
 
 
 @dataclass(frozen=True)

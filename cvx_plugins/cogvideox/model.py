@@ -218,11 +218,23 @@ class Modulation(nn.Module):
 
     def forward(self, tokens: Tokens) -> tuple[Tensor, Gates]:
         """Return the normed sequence (B,L+S,D), text first, and the gates of video and text, each (B,1,D)."""
-        modulation = self.linear(F.silu(tokens.temb)).unsqueeze(1).chunk(6, dim=-1)
+        modulation = self.linear(F.silu(tokens.temb)).chunk(6, dim=-1)
         shift, scale, gate, text_shift, text_scale, text_gate = modulation
-        text = modulate(self.norm(tokens.text), text_shift, text_scale)
-        video = modulate(self.norm(tokens.video), shift, scale)
-        return torch.cat((text, video), dim=1), (gate, text_gate)
+        text, video = self.gain_bias(text_shift, text_scale), self.gain_bias(shift, scale)
+        normed = []
+        for sample in range(
+            len(gate)
+        ):  # with a gain and bias per sample, modulating costs no pass over tokens
+            for x, (gain, bias) in ((tokens.text, text), (tokens.video, video)):
+                normed.append(
+                    F.layer_norm(x[sample], x.shape[-1:], gain[sample], bias[sample], self.norm.eps)
+                )
+        return torch.cat(normed).unflatten(0, (len(gate), -1)), (gate.unsqueeze(1), text_gate.unsqueeze(1))
+
+    def gain_bias(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return w (1 + scale) and b (1 + scale) + shift, (B,D), for the norm's own weight w and bias b."""
+        scale = 1 + scale
+        return self.norm.weight * scale, torch.addcmul(shift, self.norm.bias, scale)
 
 
 class Attention(nn.Module):
@@ -286,12 +298,7 @@ class OutputNorm(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         shift, scale = self.linear(F.silu(temb)).unsqueeze(1).chunk(2, dim=-1)
-        return modulate(self.norm(x), shift, scale)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return x * (1 + scale) + shift in one pass."""
-    return torch.addcmul(shift, x, 1 + scale)
+        return torch.addcmul(shift, self.norm(x), 1 + scale)
 
 
 def add_gated(tokens: Tokens, gates: Gates, x: Tensor) -> Tokens:

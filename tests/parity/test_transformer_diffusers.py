@@ -146,8 +146,9 @@ def test_full_size_names_and_shapes_are_theirs(preset: str) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_their_config_is_recognised_as_the_preset(preset: str) -> None:
     config = config_of(preset)
+    described = {key: value for key, value in config.describe().items() if key != "_cvx"}
     with torch.device("meta"):
-        theirs = diffusers.CogVideoXTransformer3DModel.from_config({**config.describe(), "num_layers": 1})
+        theirs = diffusers.CogVideoXTransformer3DModel.from_config({**described, "num_layers": 1})
     foreign = {**theirs.config, "_class_name": type(theirs).__name__, "num_layers": config.num_layers}
     assert config.recognise(foreign) == {"use": preset, "out_norm_eps": 1e-5}
 
