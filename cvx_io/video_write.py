@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -85,21 +86,24 @@ def write_gif(path: Path, video: np.ndarray, fps: float) -> None:
 def write_sheet(
     path: Path, clips: Sequence[tuple[str, np.ndarray]], columns: int = 4, frame_width: int = 160
 ) -> None:
-    """Write a contact sheet (png): per clip, a line of `columns` evenly spaced frames with the label below.
+    """Write a contact sheet (png): per clip, a strip of `columns` evenly spaced frames with the label below.
 
-    clips: (label, frames (F,H,W,3) uint8).
+    clips: (label, frames (F,H,W,3) uint8). Strips stand in rows, as many side by side as make the sheet about
+    as wide as it is high.
     """
     if not clips:
         raise ValueError(f"{path}: a contact sheet needs at least one clip")
-    lines = [(label, _strip(_checked(frames), columns, frame_width)) for label, frames in clips]
-    height = sum(strip.height + _LABEL + _MARGIN for _, strip in lines) + _MARGIN
-    sheet = Image.new("RGB", (lines[0][1].width + 2 * _MARGIN, height), _PAPER)
+    strips = [(label, _strip(_checked(frames), columns, frame_width)) for label, frames in clips]
+    cell_width = strips[0][1].width + 2 * _MARGIN
+    cell_height = max(strip.height for _, strip in strips) + _LABEL + _MARGIN
+    across = max(1, round(math.sqrt(len(strips) * cell_height / cell_width)))
+    size = (across * cell_width, math.ceil(len(strips) / across) * cell_height + _MARGIN)
+    sheet = Image.new("RGB", size, _PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    top = _MARGIN
-    for label, strip in lines:
-        sheet.paste(strip, (_MARGIN, top))
-        draw.text((_MARGIN, top + strip.height + 2), _shorten(draw, font, label, strip.width), _INK, font)
-        top += strip.height + _LABEL + _MARGIN
+    for number, (label, strip) in enumerate(strips):
+        left, top = number % across * cell_width + _MARGIN, number // across * cell_height + _MARGIN
+        sheet.paste(strip, (left, top))
+        draw.text((left, top + strip.height + 2), _shorten(draw, font, label, strip.width), _INK, font)
     with atomic_file(Path(path)) as partial:
         sheet.save(partial, "PNG")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from cvx_core.errors import CvxError, FormatError
 from cvx_core.interfaces import Condition, Deps, Parts, Row
 from cvx_core.spec import Spec
-from cvx_io.atomic import atomic_file, write_json
+from cvx_io.atomic import atomic_file, write_json, write_text
 from cvx_io.video import read_image
 from cvx_io.video_write import to_uint8, write_gif, write_mp4, write_sheet
 from cvx_plugins.tasks import SampleConfig
@@ -58,7 +58,6 @@ class Sample:
     def run(self, parts: Parts, spec: Spec) -> None:
         """Sample every prompt that has no finished video of this recipe yet."""
         config, folder = self._config, spec.output
-        folder.mkdir(parents=True, exist_ok=True)
         jobs = list(_jobs(parts.dataset.rows(), config.videos_per_prompt, spec.run.seed))
         _check_images(jobs, spec)
         todo = [job for job in jobs if not self._is_done(folder / f"{job.name}.json", spec)]
@@ -70,7 +69,7 @@ class Sample:
                 latents = self._latents(batch, parts, spec, bar)
                 for job, latent in zip(batch, latents, strict=True):
                     self._write(job, latent, parts, spec)
-        (folder / "recipe.resolved.yaml").write_text(spec.to_yaml(), encoding="utf-8")
+        write_text(folder / "recipe.resolved.yaml", spec.to_yaml())
         if config.sheet:
             self._write_sheet(folder, jobs, spec)
         log.info("%d videos in %s", len(jobs), folder)

@@ -86,13 +86,19 @@ def test_sheet_shows_every_clip_with_its_label(tmp_path: Path, frames: np.ndarra
     write_sheet(tmp_path / "sheet.png", clips, columns=3, frame_width=64)
     with Image.open(tmp_path / "sheet.png") as image:
         sheet = np.asarray(image).astype(int)
-    assert sheet.shape == (6 + 2 * (48 + 22) + (24 + 22), 12 + 3 * 64 + 2 * 6, 3)
+    assert sheet.shape == (6 + 3 * (48 + 22), 12 + 3 * 64 + 2 * 6, 3)
     for column, k in enumerate((0, 4, 8)):
         left = 6 + column * 70
         assert np.array_equal(sheet[6:54, left : left + 64], frames[k])
-    for top in (54, 124, 170):
+    for top in (54, 124, 170):  # the wide clip is less high
         assert (sheet[top : top + 16] < 100).any(), "a label in ink"
     assert (sheet[:, -6:] == 255).all(), "labels stay within the sheet"
+
+
+def test_many_clips_stand_side_by_side(tmp_path: Path, frames: np.ndarray) -> None:
+    write_sheet(tmp_path / "sheet.png", [("a", frames)] * 32, columns=4, frame_width=64)
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert 0.5 < image.width / image.height < 2
 
 
 def test_values_become_bytes_by_rounding_and_clamping() -> None:
