@@ -17,6 +17,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
+# One thread: a model this small spends more time handing work over than it saves.
+demo: export OMP_NUM_THREADS ?= 1
 demo: install
 	$(BIN)/python recipes/demo/make_clips.py runs/demo/clips
 	$(BIN)/python -m cvx_core.run recipes/demo/train.yaml
