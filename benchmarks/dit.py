@@ -66,9 +66,9 @@ class Work:
                 return predict()
 
         def forward_backward() -> Tensor:
-            model.zero_grad(set_to_none=True)
             output = predict()
             output.float().square().mean().backward()
+            model.zero_grad(set_to_none=True)
             return output.detach()
 
         return forward_backward if self.backward else forward

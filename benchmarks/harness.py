@@ -6,6 +6,7 @@ Ratios are theirs / ours, so that above 1 means this project is faster or smalle
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -49,7 +50,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measure:
-    """Medians over the repeats. cpu_s: time of all threads; peak_bytes: on top of the model and its input."""
+    """Medians over the repeats. cpu_s: of all threads; peak_bytes: on top of what is held between steps."""
 
     wall_s: float
     cpu_s: float
@@ -112,22 +113,32 @@ def with_peaks(result: Comparison, peaks: Mapping[Side, int | None]) -> Comparis
 
 
 def peak_of_child(case: str, side: Side, size: Size) -> int | None:
-    """Return what one side adds to resident memory on the CPU, measured in a process of its own (Linux)."""
+    """Return what one side adds to resident memory on the CPU, measured in a process of its own (Linux).
+
+    There the C library is told to return every larger block at once, so that resident means live.
+    """
     command = [sys.executable, "-m", "benchmarks", "--size", size, "--peak", case, side]
-    done = subprocess.run(command, cwd=RESULTS.parents[1], stdout=subprocess.PIPE, text=True, check=True)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        command, cwd=RESULTS.parents[1], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
     value = json.loads(done.stdout.splitlines()[-1])
     return None if value is None else int(value)
 
 
-def resident_peak(step: Step, steps: int = 2) -> int | None:
-    """Return by how many bytes running `steps` times raises resident memory at its peak; None off Linux."""
+def resident_peak(step: Step) -> int | None:
+    """Return by how much a step raises resident memory at its peak, in bytes; None off Linux.
+
+    A step has run before, so what is loaded once, or stays between steps, does not count.
+    """
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
+    step()
+    gc.collect()
     before = _status_bytes("VmRSS")
     reset.write_text("5")
-    for _ in range(steps):
-        step()
+    step()
     return _status_bytes("VmHWM") - before
 
 
