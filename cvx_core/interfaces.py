@@ -243,6 +243,14 @@ class Strategy(Protocol):
     def apply(self, parts: Parts) -> Parts: ...
 
 
+class Piece(NamedTuple):
+    """One part of a model on its way to disk. tokenizer: the folder of a text encoder's tokenizer."""
+
+    config: Mapping[str, Any]
+    tensors: Iterator[tuple[str, Tensor]] | None = None
+    tokenizer: Path | None = None
+
+
 @runtime_checkable
 class Format(Protocol):
     """A container and layout on disk; knows no model. `names` is the rule table of (family, format)."""
@@ -259,6 +267,9 @@ class Format(Protocol):
         names: Any = None,
         config: Mapping[str, Any] | None = None,
     ) -> None: ...
+    def write_model(self, path: Path, pieces: Mapping[str, Piece]) -> None:
+        """Write parts, by recipe section, as one folder that `model: PATH` reads."""
+        ...
 
 
 class Task(Protocol):

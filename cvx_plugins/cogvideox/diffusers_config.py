@@ -97,5 +97,6 @@ def describe(config: CogVideoXConfig) -> dict[str, Any]:
         "patch_bias": config.patch_t is None,
         "use_rotary_positional_embeddings": config.positions != "sincos",
         "use_learned_positional_embeddings": config.positions == "rotary+learned",
+        "_pipeline": "CogVideoXImageToVideoPipeline" if config.image_condition else "CogVideoXPipeline",
         OURS: {name: getattr(config, name) for name in UNSPOKEN},
     }

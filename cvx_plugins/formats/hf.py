@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cvx_core import FormatError
-from cvx_core.interfaces import TensorInfo
-from cvx_io.atomic import atomic_file, atomic_folder
+from cvx_core.interfaces import Piece, TensorInfo
+from cvx_io.atomic import atomic_file, atomic_folder, write_json
 from cvx_io.rename import IDENTITY, Names, Renaming
 from cvx_io.tensors.pickles import PickleReader
 from cvx_io.tensors.safetensors import SafetensorsReader
 from cvx_io.tensors.shards import has_weights, weights_file
 from cvx_io.tensors.write import write_file, write_shards
 from cvx_plugins.formats import HFConfig
+from cvx_plugins.formats.pipeline import FOLDER_OF, INDEX, TOKENIZER, index_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +79,18 @@ class HF:
             write_shards(partial, _stem(config), foreign, self.shard_limit)
             text = json.dumps(dict(config), indent=2, sort_keys=True)
             (partial / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    def write_model(self, path: Path, pieces: Mapping[str, Piece]) -> None:
+        """Write a pipeline folder: a sub-folder per part, the tokenizer, and model_index.json last."""
+        for section, piece in pieces.items():
+            folder = path / FOLDER_OF[section]
+            if piece.tensors is None:
+                write_json(folder / f"{FOLDER_OF[section]}_config.json", dict(piece.config))
+            else:
+                self.write(folder, piece.tensors, None, piece.config)
+            if piece.tokenizer is not None:
+                shutil.copytree(piece.tokenizer, path / TOKENIZER, dirs_exist_ok=True)
+        write_json(path / INDEX, index_of(pieces))
 
 
 def hf_format(cfg: HFConfig, _deps: Any) -> HF:

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cvx_core import FormatError, PluginError
+from cvx_core.interfaces import Piece
 from cvx_core.registry import Registry
 from cvx_io.tensors.shards import has_weights
 
@@ -24,7 +25,9 @@ SECTION_OF = {
     "vae": "autoencoder",
 }
 """{sub-folder: recipe section, which is also the component kind}."""
+FOLDER_OF = {section: folder for folder, section in SECTION_OF.items()}
 TOKENIZER = "tokenizer"
+INDEX = "model_index.json"
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 CONFIG_FILES = ("config.json", "scheduler_config.json")
 
@@ -35,15 +38,28 @@ def sections(path: Path, registry: Registry) -> tuple[dict[str, Any], list[str]]
     Raises FormatError on a sub-folder that is incomplete or that nobody recognises.
     """
     path = path.absolute()
-    if (path / "model_index.json").is_file():
+    if (path / INDEX).is_file():
         return _pipeline(path, registry)
     if _config_file(path) is not None:
         return _bare(path, registry)
     return None
 
 
+def index_of(pieces: Mapping[str, Piece]) -> dict[str, Any]:
+    """Return the model_index.json of parts by recipe section: the class of each, and the pipeline's own."""
+    index: dict[str, Any] = {}
+    for section, piece in pieces.items():
+        if pipeline := piece.config.get("_pipeline"):
+            index["_class_name"] = pipeline
+        library = "diffusers" if "_class_name" in piece.config else "transformers"
+        index[FOLDER_OF[section]] = [library, _foreign_class(piece.config)]
+        if piece.tokenizer is not None:
+            index[TOKENIZER] = ["transformers", "T5Tokenizer"]
+    return index
+
+
 def _pipeline(path: Path, registry: Registry) -> tuple[dict[str, Any], list[str]]:
-    index = _read_json(path / "model_index.json")
+    index = _read_json(path / INDEX)
     listed = {name: entry for name, entry in index.items() if _is_component(name, entry)}
     if unknown := sorted(listed.keys() - SECTION_OF.keys() - {TOKENIZER}):
         known = ", ".join((*SECTION_OF, TOKENIZER))
