@@ -200,3 +200,58 @@ def test_the_same_seed_gives_the_same_video_as_diffusers(tokenizer, tmp_path):
     assert run.main([str(recipe), "--set", "device=cpu"]) == 0
     [file] = (tmp_path / "out").glob("*.safetensors")
     assert (load_file(file)["latent"].transpose(0, 1) - expected).abs().max() < 1e-4
+
+
+TRAIN = """
+device: cpu
+output: trained
+video: {frames: 9, height: 32, width: 48, fps: 8}
+predictor:
+  use: cogvideox
+  positions: sincos
+  num_layers: 1
+  num_heads: 2
+  head_dim: 16
+  latent_channels: 4
+  text_dim: 32
+  text_length: 16
+  temb_dim: 16
+  sample_height: 4
+  sample_width: 6
+  sample_frames: 9
+  out_norm_eps: 1e-5
+text_encoder: {use: t5, num_layers: 1, dim: 32, num_heads: 2, tokenizer: tokenizer}
+autoencoder: {use: cogvideox-vae, latent_channels: 4, base_channels: 8, blocks_per_level: 1}
+scheduler: {use: dpm, snr_shift: 3.0}
+dataset: {use: synthetic, rows: 2}
+task: {use: train, steps: 3, tensorboard: false, export: {use: hf}, export_whole: true}
+"""
+
+
+def test_a_model_trained_here_is_a_pipeline_for_diffusers(tokenizer, tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/spiece.model").write_bytes((tokenizer / "spiece.model").read_bytes())
+    (tmp_path / "train.yaml").write_text(TRAIN)
+    (tmp_path / "sample.yaml").write_text(
+        f"model: trained/model\ndevice: cpu\noutput: out\n"
+        f"video: {{frames: 9, height: {HEIGHT}, width: {WIDTH}}}\n"
+        f"dataset: {{use: prompts, prompts: [{PROMPT}]}}\n"
+        "task: {use: sample, steps: 4, guidance: 3.0, save_latents: true}\n"
+    )
+    assert run.main([str(tmp_path / "train.yaml")]) == 0
+    assert run.main([str(tmp_path / "sample.yaml")]) == 0
+    pipeline = diffusers.CogVideoXPipeline.from_pretrained(tmp_path / "trained/model")
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        prompt=PROMPT,
+        num_frames=9,
+        height=HEIGHT,
+        width=WIDTH,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+        max_sequence_length=16,
+    ).frames[0]
+    [file] = (tmp_path / "out").glob("*.safetensors")
+    assert (load_file(file)["latent"].transpose(0, 1) - theirs).abs().max() < 1e-4
