@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from enum import IntEnum
 from typing import Any
 
@@ -50,7 +49,7 @@ def place(parts: Parts, spec: Spec) -> Parts:
         if module is not None:
             module.to_empty(device=parts.device)
             fill(module, spec.choices[section], spec, section)
-    return replace(parts)
+    return parts
 
 
 def fill(module: nn.Module, choice: Choice, spec: Spec, section: str) -> None:

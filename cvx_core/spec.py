@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +18,8 @@ from cvx_core.card import Card
 from cvx_core.config import Config
 from cvx_core.errors import FormatError, PluginError, Problem, RecipeError, did_you_mean
 from cvx_core.fields import FieldReader
-from cvx_core.recipe import Address, Recipe, override
-from cvx_core.registry import Choice, Component, Registry
+from cvx_core.recipe import Address, Recipe
+from cvx_core.registry import Choice, Registry
 from cvx_core.run_config import LoaderConfig, RunConfig, VideoConfig
 
 SECTIONS = (
@@ -292,11 +292,3 @@ def _dump(choice: Choice) -> dict[str, Any]:
 def _by_line(problem: Problem) -> tuple[str, int]:
     file, _, line = problem.where.rpartition(":")
     return (file, int(line)) if line.isdigit() else (problem.where, 0)
-
-
-__all__ = ["SECTIONS", "Component", "Spec", "override", "resolve"]
-
-
-def sections_of(spec: Spec) -> Iterator[tuple[str, Choice]]:
-    """Yield the sections that were resolved, in the order they are built."""
-    yield from ((section, spec.choices[section]) for section in SECTIONS if section in spec.choices)

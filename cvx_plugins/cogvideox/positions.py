@@ -73,12 +73,15 @@ def sinusoid(timestep: Tensor, width: int) -> Tensor:
 
 
 def frequencies(count: int, device: torch.device) -> Tensor:
-    """Return BASE^(-k/count) for k < count, float32, by the operations the models were trained with.
+    """Return BASE^(-k/count) for k < count, float32: float32 exponents, as the models were trained with.
 
-    A last bit here is worth 1e-5 in a prediction at high timesteps.
+    A last bit here is worth 1e-5 in a prediction at high timesteps, and processors round exp() differently
+    where the value lies between two floats. So it is taken in float64, and such near ties go up, as in the
+    outputs recorded of the original code.
     """
-    steps = torch.arange(count, dtype=torch.float32, device=device)
-    return torch.exp(-math.log(BASE) * steps / count)
+    steps = torch.arange(count, dtype=torch.float32)
+    exact = torch.exp((-math.log(BASE) * steps / count).double())
+    return (exact * (1 + 2**-29)).float().to(device)
 
 
 def sincos_table(

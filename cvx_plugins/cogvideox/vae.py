@@ -166,11 +166,6 @@ class CogVideoXVAE(nn.Module):
 
     forward = reconstruct
 
-    @staticmethod
-    def initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:  # noqa: ARG004
-        """Start the gain of conditioned norms around one, so that an untrained decoder passes signals on."""
-        return torch.ones(shape) if name.endswith("conv_y.conv.bias") else None
-
     def _posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         self._check(video, self.cfg.in_channels, self.compression[1:], "video")
         mean, logvar = self._code(self.encoder, self.encode_grid, video).chunk(2, dim=1)

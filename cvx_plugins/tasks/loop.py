@@ -192,6 +192,3 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-__all__ = ["Loop", "StepFunction", "changes"]

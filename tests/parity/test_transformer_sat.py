@@ -4,7 +4,6 @@ lists."""
 from __future__ import annotations
 
 import json
-import math
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,28 +20,6 @@ from cvx_core.interfaces import Condition, Tokens
 VARIANTS = ("t2v_2b", "t2v_5b", "i2v_5b", "t2v_1.5", "i2v_1.5")
 CLOSE = {"rtol": 0, "atol": 5e-6}
 POSITIONS = {("sincos3d", False): "sincos", ("rope3d", False): "rotary", ("rope3d", True): "rotary+learned"}
-
-
-@pytest.fixture(autouse=True)
-def _round_as_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Round the time frequencies up where they lie within 0.02 of the middle of two floats.
-
-    There exp() is right either way, and processors differ; the recordings have the upper one. It happens
-    once, at k=5 of 24, and shifts outputs at timestep 999 by 1e-5, which would drown what these tests are
-    after.
-    """
-    from cvx_plugins.cogvideox import positions
-
-    original = positions.frequencies
-
-    def frequencies(count: int, device: torch.device) -> Tensor:
-        nearest = original(count, device)
-        above = torch.nextafter(nearest, torch.tensor(math.inf)).double()
-        exact = (-math.log(positions.BASE) * torch.arange(count, dtype=torch.float32) / count).double().exp()
-        part = (exact - nearest.double()) / (above - nearest.double())
-        return torch.where((part > 0.48) & (part < 0.52), above.float(), nearest)
-
-    monkeypatch.setattr(positions, "frequencies", frequencies)
 
 
 def recorded(folder: Path) -> SimpleNamespace:
