@@ -22,7 +22,7 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(CvxError, match="'cuda' was asked for, but none is available"):
         device.pick("cuda")
-    with pytest.raises(CvxError, match="'tpu' is not supported. Use one of: cpu, cuda, npu"):
+    with pytest.raises(CvxError, match=r"'tpu' is not supported\. Use one of: cpu, cuda, npu"):
         device.pick("tpu")
 
 
