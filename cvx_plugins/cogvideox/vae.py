@@ -166,6 +166,14 @@ class CogVideoXVAE(nn.Module):
 
     forward = reconstruct
 
+    def initial(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """Draw the biases of convolutions as torch does by default, uniform in +-1/sqrt(fan in)."""
+        weight = self.get_parameter(name.removesuffix("bias") + "weight") if name.endswith(".bias") else None
+        if weight is None or weight.ndim < 2:
+            return None
+        bound = weight[0].numel() ** -0.5
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
     def _posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         self._check(video, self.cfg.in_channels, self.compression[1:], "video")
         mean, logvar = self._code(self.encoder, self.encode_grid, video).chunk(2, dim=1)
