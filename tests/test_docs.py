@@ -11,7 +11,10 @@ from cvx_core import Registry, run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/*.md")]
+    [
+        *ROOT.glob("*.md"),
+        *(page for folder in ("docs", "examples", "recipes") for page in ROOT.glob(f"{folder}/**/*.md")),
+    ]
 )
 
 
