@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
+from cvx_core.errors import FormatError, did_you_mean
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -84,6 +86,29 @@ class TensorInfo(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Named tensors whose shapes are known before any is read, and that can be read in any order.
+
+    index: {name: shape and dtype}, in the order that is quickest to read; load: returns one tensor on the
+    CPU, which the caller must not change; dropped: {name in the file: why it was left out}; origins: {name:
+    names in the file it is made of} where they differ; facts: what the files state besides tensors.
+    """
+
+    index: Mapping[str, TensorInfo]
+    load: Callable[[str], Tensor]
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    origins: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def read(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors one at a time, all of them or those named. Raises FormatError on an unknown name."""
+        for name in self.index if names is None else names:
+            if name not in self.index:
+                raise FormatError(f"no tensor {name!r}.{did_you_mean(name, self.index)}")
+            yield name, self.load(name)
 
 
 @dataclass(frozen=True)
@@ -247,7 +272,7 @@ class Piece(NamedTuple):
     """One part of a model on its way to disk. tokenizer: the folder of a text encoder's tokenizer."""
 
     config: Mapping[str, Any]
-    tensors: Iterator[tuple[str, Tensor]] | None = None
+    tensors: Tensors | None = None
     tokenizer: Path | None = None
 
 
@@ -255,18 +280,28 @@ class Piece(NamedTuple):
 class Format(Protocol):
     """A container and layout on disk; knows no model. `names` is the rule table of (family, format)."""
 
-    def accepts(self, path: Path) -> bool: ...
-    def index(self, path: Path, names: Any = None) -> dict[str, TensorInfo]: ...
-    def read(
-        self, path: Path, names: Any = None, only: Sequence[str] | None = None
-    ) -> Iterator[tuple[str, Tensor]]: ...
+    def accepts(self, path: Path) -> bool:
+        """Tell from file names and headers whether `path` is of this format; no two formats agree."""
+        ...
+
+    def open(self, path: Path, names: Any = None) -> Tensors:
+        """Return what is at `path` under canonical names. Raises FormatError before any tensor is read."""
+        ...
+
     def write(
-        self,
-        path: Path,
-        tensors: Iterable[tuple[str, Tensor]],
-        names: Any = None,
-        config: Mapping[str, Any] | None = None,
-    ) -> None: ...
+        self, path: Path, tensors: Tensors, names: Any = None, config: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write tensors that have canonical names, whole or not at all, one at a time.
+
+        config: the model's config.json, for formats that keep it.
+        """
+        ...
+
+
+@runtime_checkable
+class ModelFormat(Format, Protocol):
+    """A format that can hold all parts of a model."""
+
     def write_model(self, path: Path, pieces: Mapping[str, Piece]) -> None:
         """Write parts, by recipe section, as one folder that `model: PATH` reads."""
         ...

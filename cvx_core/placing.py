@@ -66,18 +66,18 @@ def fill(module: nn.Module, choice: Choice, spec: Spec, section: str) -> None:
         )
         return
     source = choice.weights
-    container, names = source.build(Deps(spec)), _names(choice, spec)
     path = source.config.path
+    tensors = source.build(Deps(spec)).open(path, _names(choice, spec))
     params = dict(module.named_parameters())
     wanted = {name: tuple(parameter.shape) for name, parameter in params.items()}
     aliases: Mapping[str, str | None] = getattr(module, "aliases", {})
-    coverage = check_index(container.index(path, names), wanted, path, aliases)
-    casts = copy_into(params, container.read(path, names, list(coverage.consumed)), coverage.consumed)
+    coverage = check_index(tensors.index, wanted, path, aliases)
+    casts = copy_into(params, tensors.read(coverage.consumed), coverage.consumed)
     log.info("%s: %d tensors from %s", section, len(coverage.consumed), path)
     for (stored, wanted_dtype), count in casts.items():
         log.info("%s: %d tensors cast from %s to %s", section, count, stored, wanted_dtype)
-    for name in coverage.dropped:
-        log.info("%s: %s not needed", section, name)
+    for name, reason in {**tensors.dropped, **coverage.dropped}.items():
+        log.info("%s: left out %s: %s", section, name, reason)
 
 
 def _names(choice: Choice, spec: Spec) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +20,10 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Coverage:
-    """How a file covers a module. consumed: {name in the file: parameter}; dropped: names known to be
-    unneeded.
-    """
+    """How a file covers a module. consumed: {name: parameter}; dropped: {name: why it is not needed}."""
 
     consumed: Mapping[str, str]
-    dropped: tuple[str, ...] = ()
+    dropped: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_index(
@@ -42,7 +40,7 @@ def check_index(
     """
     aliases = aliases or {}
     consumed = {name: name for name in index if name in wanted}
-    dropped: list[str] = []
+    dropped: dict[str, str] = {}
     extra: list[str] = []
     for name in index:
         if name in consumed:
@@ -50,8 +48,10 @@ def check_index(
         target = aliases.get(name)
         if target in wanted and target not in consumed.values():
             consumed[name] = str(target)
+        elif name in aliases:
+            dropped[name] = "the model computes it" if target is None else f"{target} is there too"
         else:
-            (dropped if name in aliases else extra).append(name)
+            extra.append(name)
     missing = [name for name in wanted if name not in consumed.values()]
     misshaped = [
         f"{name} is {list(index[name].shape)}, expected {list(wanted[target])}"
@@ -68,7 +68,7 @@ def check_index(
         raise FormatError(
             f"{path}: does not fit: {found}.{_listing(lists)}\n  {_remedy(consumed, misshaped)}"
         )
-    return Coverage(consumed, tuple(dropped))
+    return Coverage(consumed, dropped)
 
 
 def copy_into(

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cvx_core.errors import FormatError
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
@@ -30,24 +32,31 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path, manifest: str, stale: Sequence[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder to put files in; on success they become `path`, on an exception they vanish.
 
-    A new folder appears by one rename. An existing one keeps its other files: its manifest goes first, then
-    those that match the `stale` patterns, then the new files come in, the manifest last. So at any moment a
-    folder that has its manifest is complete. The files are flat: no sub-folders.
+    manifest: the file without which no reader takes the folder for complete. A new folder appears by one
+    rename, and its manifest after it. An existing one keeps its other files: its manifest goes first, then
+    files that match the `stale` patterns, then the new files come in, the manifest last. So at any moment,
+    whatever kills the process, a folder that has its manifest is complete.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
+    last = partial.with_suffix(".manifest")
     partial.mkdir()
     try:
         yield partial
-        for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
+        (partial / manifest).rename(last)
+        _sync(last)
+        for item in [*partial.rglob("*"), partial]:
+            _sync(item)
         if path.exists():
             _move_into(partial, path, manifest, stale)
         else:
             partial.rename(path)
+        _sync(path)
+        last.replace(path / manifest)
+        _sync(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        last.unlink(missing_ok=True)
     _sync(path.parent)
 
 
@@ -62,17 +71,33 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file's object. Raises FormatError where it cannot be read or holds anything else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: cannot be read as JSON: {error}. Download it again.") from error
+    if not isinstance(data, dict):
+        raise FormatError(f"{path}: expected a JSON object, got {type(data).__name__}. Download it again.")
+    return data
+
+
 def _move_into(partial: Path, path: Path, manifest: str, stale: Sequence[str]) -> None:
+    """Put the files of a folder into another one, which is without its manifest meanwhile."""
     (path / manifest).unlink(missing_ok=True)
     _sync(path)
     for pattern in stale:
         for file in path.glob(pattern):
-            file.unlink()
-    for file in sorted(partial.iterdir(), key=lambda file: (file.name == manifest, file.name)):
-        if file.name == manifest:
-            _sync(path)
-        file.replace(path / file.name)
-    _sync(path)
+            if not file.is_dir():
+                file.unlink()
+    for item in sorted(partial.rglob("*")):
+        target = path / item.relative_to(partial)
+        if item.is_dir():
+            target.mkdir(exist_ok=True)
+        else:
+            item.replace(target)
+    for folder in [item for item in path.rglob("*") if item.is_dir()]:
+        _sync(folder)
 
 
 def _partial(path: Path) -> Path:

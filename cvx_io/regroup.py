@@ -1,4 +1,4 @@
-"""Steps from one set of tensor names to another: what is cut and joined, and streaming through it.
+"""Steps from one set of tensor names to another: what is cut and joined, one target at a time.
 
 Names tables make the steps (see rename.py); importing this module does not import torch.
 """
@@ -6,12 +6,12 @@ Names tables make the steps (see rename.py); importing this module does not impo
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cvx_core.errors import FormatError
-from cvx_core.interfaces import TensorInfo
+from cvx_core.interfaces import TensorInfo, Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,89 +46,61 @@ class Step:
         ((rows, *rest), dtype) = pieces.pop()
         return {name: TensorInfo((rows * len(own), *rest), dtype) for name, own in self.targets.items()}
 
-    def run(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the targets. A target that is one part is a view of its source; others are copies."""
+    def make(self, target: str, sources: Mapping[str, Tensor]) -> Tensor:
+        """Return one target: a view of a source where it is one run of rows, else a copy."""
         if self.parts == 1:
-            yield from zip(self.targets, tensors.values(), strict=True)
-            return
+            return next(iter(sources.values()))
         import torch
 
-        self.infos({name: describe(tensor) for name, tensor in tensors.items()})
         pieces: dict[int, Tensor] = {}
         for name, own in self.sources.items():
-            pieces.update(zip(own, tensors[name].tensor_split(len(own)), strict=True))
-        for name, own in self.targets.items():
-            yield name, pieces[own[0]] if len(own) == 1 else torch.cat([pieces[part] for part in own])
+            pieces.update(zip(own, sources[name].tensor_split(len(own)), strict=True))
+        own = self.targets[target]
+        return pieces[own[0]] if len(own) == 1 else torch.cat([pieces[part] for part in own])
+
+    def needed(self, target: str) -> list[str]:
+        """Return the sources that a target takes parts of."""
+        parts = set(self.targets[target])
+        return [name for name, own in self.sources.items() if parts & set(own)]
 
 
 @dataclass(frozen=True)
 class Renaming:
     """What a table does to one known set of names.
 
-    steps: in the order of the names they came from; dropped: {name left out: reason}; wanted: the targets to
-    yield, None for all.
+    steps: in the order of the names they came from; dropped: {name left out: reason}.
     """
 
     steps: tuple[Step, ...]
     dropped: Mapping[str, str] = field(default_factory=dict)
-    wanted: frozenset[str] | None = None
-
-    @property
-    def sources(self) -> list[str]:
-        """The names to read. Read in this order, no more than one group is ever held."""
-        return [name for step in self.steps for name in step.sources]
-
-    def only(self, wanted: Collection[str], where: str = "") -> Renaming:
-        """Return the part that produces `wanted`. Raises FormatError for a name that no step produces."""
-        made = {name for step in self.steps for name in step.targets}
-        if unknown := [name for name in wanted if name not in made]:
-            near = nearest(unknown[0], made)
-            raise FormatError(f"{at(where)}has no {listed(unknown)}.{near} Ask for names that its index has.")
-        keep = frozenset(wanted)
-        return Renaming(tuple(step for step in self.steps if keep & step.targets.keys()), self.dropped, keep)
 
     def index(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """Return shape and dtype of every wanted target, from those of the sources."""
+        """Return shape and dtype of every target, from those of the sources."""
         made: dict[str, TensorInfo] = {}
         for step in self.steps:
             made |= step.infos({name: infos[name] for name in step.sources})
-        return {name: info for name, info in made.items() if self._wants(name)}
+        return made
 
-    def apply(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Turn a stream of sources into the wanted targets; holds the tensors of unfinished groups only."""
-        owner = {name: step for step in self.steps for name in step.sources}
-        return (item for item in flow(tensors, owner.get) if self._wants(item[0]))
+    def tensors(self, source: Tensors) -> Tensors:
+        """Return the targets; each is made of its sources when it is loaded.
 
-    def _wants(self, name: str) -> bool:
-        return self.wanted is None or name in self.wanted
+        The sources of the last target are kept, for the next target often needs the same.
+        """
+        owner = {target: step for step in self.steps for target in step.targets}
+        held: dict[str, Tensor] = {}
 
+        def load(target: str) -> Tensor:
+            step = owner[target]
+            for name in [name for name in held if name not in step.sources]:
+                del held[name]
+            for name in step.sources:
+                if name not in held:
+                    held[name] = source.load(name)
+            return step.make(target, held)
 
-def flow(
-    tensors: Iterable[tuple[str, Tensor]], step_of: Callable[[str], Step | None]
-) -> Iterator[tuple[str, Tensor]]:
-    """Run each tensor's step as soon as its group is complete.
-
-    Raises FormatError for a tensor without a step, a target produced twice, and groups left incomplete.
-    """
-    waiting: dict[str, dict[str, Tensor]] = {}
-    made: set[str] = set()
-    for name, tensor in tensors:
-        step = step_of(name)
-        if step is None:
-            raise FormatError(f"tensor {name!r} matches no rule. Wrong model or format?")
-        waiting.setdefault(step.key, {})[name] = tensor
-        if len(waiting[step.key]) < len(step.sources):
-            continue
-        group = waiting.pop(step.key)
-        if twice := made & step.targets.keys():
-            raise FormatError(f"{listed(sorted(twice))} would be produced twice, now from {name!r}.")
-        made |= step.targets.keys()
-        yield from step.run({source: group[source] for source in step.sources})
-    if waiting:
-        held = [name for group in waiting.values() for name in group]
-        raise FormatError(
-            f"{listed(held)}: the tensors they are joined with never came. Is the source complete?"
-        )
+        origins = {target: step.needed(target) for target, step in owner.items()}
+        dropped = {**source.dropped, **self.dropped}
+        return Tensors(self.index(source.index), load, dropped, origins, source.facts)
 
 
 def describe(tensor: Tensor) -> TensorInfo:

@@ -2,25 +2,27 @@
 
 A rule is written once, from the foreign name to the canonical one; the reverse follows from it. In a template
 `{i}`, `{j}` and `{k}` stand for a number, `{rest}` for all that is left, any other field for one dotted
-component. The first rule that matches a name decides. Importing this module does not import torch.
+component. The first rule that matches a name decides, either way. No torch.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from cvx_core.errors import FormatError, PluginError
-from cvx_io.regroup import Parts, Renaming, Step, at, flow, listed, nearest
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from cvx_core.interfaces import Tensors
+from cvx_io.regroup import Parts, Renaming, Step, at, listed, nearest
 
 _FIELD = re.compile(r"\{(\w+)\}")
 _FIELD_PATTERNS = {"i": r"\d+", "j": r"\d+", "k": r"\d+", "rest": r".+"}
+
+
+Split = Literal["column", "row", "per_part"]
+"""How tensor-parallel ranks share a foreign tensor: chunks of dim 0, of dim 1, or of dim 0 of each part."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Rename:
 
     foreign: str
     canonical: str
+    tp: Split | None = None
 
     @property
     def parts(self) -> int:
@@ -45,6 +48,7 @@ class Cat:
 
     foreign: str
     canonical: Sequence[str]
+    tp: Split | None = None
 
     @property
     def parts(self) -> int:
@@ -62,6 +66,7 @@ class Chunks:
     foreign: str
     parts: int
     into: Parts
+    tp: Split | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Drop:
 
     foreign: str
     reason: str
+    tp: Split | None = None
 
     @property
     def parts(self) -> int:
@@ -88,11 +94,18 @@ class Names:
     """The rule table of one model family in one format.
 
     prefix: what every foreign name of this model starts with; a name without it belongs to something else in
-    the same file and is left out. Raises PluginError on a rule that cannot be reversed.
+    the same file and is left out. blocks: what the foreign names of numbered blocks start with, the number
+    next; last: what the foreign names behind the blocks start with; both are for formats that store pipeline
+    stages apart. keeps: canonical names of tables the model computes itself, which files of this format may
+    hold; insists: those they must hold. Raises PluginError on a rule that cannot be reversed.
     """
 
     rules: Sequence[Rule]
     prefix: str = ""
+    blocks: str = ""
+    last: Sequence[str] = ()
+    keeps: Collection[str] = ()
+    insists: Collection[str] = ()
 
     def __post_init__(self) -> None:
         for rule in self.rules:
@@ -115,7 +128,7 @@ class Names:
                 dropped[name] = found.reason
             else:
                 steps[name] = found
-        _refuse(unmatched, [self.prefix + rule.foreign for rule in self.rules], where)
+        self._refuse(unmatched, [self.prefix + rule.foreign for rule in self.rules], where)
         if dropped and not steps:
             name, reason = next(iter(dropped.items()))
             raise FormatError(f"{at(where)}holds nothing of this model; {name!r}: {reason}. Check the path.")
@@ -125,12 +138,38 @@ class Names:
         """Match canonical names, for writing. Raises FormatError as plan does, and on an incomplete group."""
         found = {name: self._find_reverse(name) for name in canonical}
         templates = [template for rule in self.rules for template in rule.into]
-        _refuse([name for name, step in found.items() if step is None], templates, where)
+        self._refuse([name for name, step in found.items() if step is None], templates, where)
         return Renaming(_grouped({name: step for name, step in found.items() if step is not None}, where))
 
-    def reverse(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Turn a stream of canonical tensors, whose names are not known beforehand, into foreign ones."""
-        return flow(tensors, self._find_reverse)
+    def read(self, source: Tensors, where: str = "") -> Tensors:
+        """Return a file's tensors under canonical names. Raises FormatError as plan does."""
+        return self.plan(source.index, where).tensors(source)
+
+    def write(self, tensors: Tensors, where: str = "") -> Tensors:
+        """Return canonical tensors under foreign names. Raises FormatError as plan_reverse does."""
+        return self.plan_reverse(tensors.index, where).tensors(tensors)
+
+    def fit(self, foreign: Iterable[str]) -> float:
+        """Return the share of names that a rule keeps, to tell which family a file is of."""
+        names = list(foreign)
+        kept = sum(isinstance(self._find(name), Step) for name in names if name.startswith(self.prefix))
+        return kept / max(len(names), 1)
+
+    def split_of(self, foreign: str) -> tuple[Split | None, int]:
+        """Return how tensor-parallel ranks share a foreign tensor, and the number of parts it consists of."""
+        for pattern, rule in self._foreign:
+            if pattern.fullmatch(foreign):
+                return rule.tp, rule.parts
+        return None, 1
+
+    def holds(self, canonical: str) -> bool:
+        """Tell whether a rule has a place for a canonical name."""
+        return self._find_reverse(canonical) is not None
+
+    def preferring(self, start: str) -> Names:
+        """Return the table that writes names starting with `start` where it has the choice of several."""
+        first = [rule for rule in self.rules if rule.foreign.startswith(start)]
+        return replace(self, rules=(*first, *(rule for rule in self.rules if rule not in first)))
 
     @cached_property
     def _foreign(self) -> list[tuple[re.Pattern[str], Rule]]:
@@ -139,6 +178,14 @@ class Names:
     @cached_property
     def _canonical(self) -> list[tuple[re.Pattern[str], Rule]]:
         return [(_compile(template), rule) for rule in self.rules for template in rule.into]
+
+    @staticmethod
+    def _refuse(unmatched: list[str], templates: list[str], where: str) -> None:
+        if unmatched:
+            raise FormatError(
+                f"{at(where)}no rule matches {len(unmatched)} of the names: {listed(unmatched)}."
+                f"{nearest(unmatched[0], templates, 'rule')} Wrong model or format, or a newer export?"
+            )
 
     def _find(self, name: str) -> Step | Drop | None:
         for pattern, rule in self._foreign:
@@ -154,14 +201,6 @@ class Names:
                 target = self.prefix + rule.foreign.format_map(match.groupdict())
                 return Step(rule.parts, _filled(rule.into, match), {target: tuple(range(rule.parts))})
         return None
-
-
-def _refuse(unmatched: list[str], templates: list[str], where: str) -> None:
-    if unmatched:
-        raise FormatError(
-            f"{at(where)}no rule matches {len(unmatched)} of the names: {listed(unmatched)}."
-            f"{nearest(unmatched[0], templates, 'rule')} Wrong model or format, or a newer export?"
-        )
 
 
 def _grouped(steps: Mapping[str, Step], where: str) -> tuple[Step, ...]:

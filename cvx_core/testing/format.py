@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cvx_core.errors import FormatError
-from cvx_core.interfaces import TensorInfo
+from cvx_core.interfaces import TensorInfo, Tensors
 from cvx_core.registry import Registry
 from cvx_core.testing import Suite
 
@@ -26,7 +27,7 @@ def suite(
     file: str = "model",
     config: Mapping[str, Any] | None = None,
     dtypes: Iterable[torch.dtype] = (torch.float16, torch.bfloat16, torch.float32, torch.int64),
-    memory: int = 64 * MIB,
+    memory: int = 32 * MIB,
     **fields: Any,
 ) -> Suite:
     """Return the checks of format `name`, made with `fields` on top of its preset.
@@ -43,42 +44,51 @@ def suite(
         return component.load()(component.config(**{**component.preset, **fields}), None)
 
     def written(folder: Path) -> Path:
-        made().write(folder / file, iter(example.items()), None, config)
+        made().write(folder / file, as_tensors(example), None, config)
         return folder / file
 
     def reading_returns_what_was_written(tmp_path: Path) -> None:
-        _assert_same(dict(made().read(written(tmp_path))), example)
+        _assert_same(dict(made().open(written(tmp_path)).read()), example)
 
     def index_tells_shapes_and_dtypes(tmp_path: Path) -> None:
         expected = {
             key: TensorInfo(tuple(value.shape), str(value.dtype).removeprefix("torch."))
             for key, value in example.items()
         }
-        assert made().index(written(tmp_path)) == expected
+        assert made().open(written(tmp_path)).index == expected
 
     def only_what_is_asked_for_is_read(tmp_path: Path) -> None:
         path = written(tmp_path)
         for key in example:
-            _assert_same(dict(made().read(path, None, [key])), {key: example[key]})
-        assert list(made().read(path, None, [])) == []
+            _assert_same(dict(made().open(path).read([key])), {key: example[key]})
+        assert list(made().open(path).read([])) == []
 
     def an_unknown_name_is_refused(tmp_path: Path) -> None:
         path = written(tmp_path)
         with pytest.raises(FormatError, match="no-such"):
-            list(made().read(path, None, ["no-such-tensor"]))
+            list(made().open(path).read(["no-such-tensor"]))
 
     def writing_again_replaces(tmp_path: Path) -> None:
         path = written(tmp_path)
-        made().write(path, iter([("a.weight", torch.ones(2))]), None, config)
-        _assert_same(dict(made().read(path)), {"a.weight": torch.ones(2)})
+        made().write(path, as_tensors({"a.weight": torch.ones(2)}), None, config)
+        _assert_same(dict(made().open(path).read()), {"a.weight": torch.ones(2)})
 
     def a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-        def failing() -> Iterator[tuple[str, Tensor]]:
-            yield from example.items()
-            raise ConnectionError("the source broke off")
+        source = as_tensors(example)
+
+        def load(key: str) -> Tensor:
+            if key == list(example)[-1]:
+                raise ConnectionError("the source broke off")
+            return source.load(key)
 
         with pytest.raises(ConnectionError):
-            made().write(tmp_path / file, failing(), None, config)
+            made().write(tmp_path / file, replace(source, load=load), None, config)
+        assert list(tmp_path.iterdir()) == []
+
+    def a_source_that_changes_is_refused(tmp_path: Path) -> None:
+        other = replace(as_tensors(example), load=lambda _: torch.ones(17, 19))
+        with pytest.raises(FormatError, match="announced"):
+            made().write(tmp_path / file, other, None, config)
         assert list(tmp_path.iterdir()) == []
 
     def its_own_files_are_accepted_by_it_alone(tmp_path: Path) -> None:
@@ -105,7 +115,7 @@ def suite(
         made().write(tmp_path / file, peak.watch(_stream()), None, config)
         assert peak.growth <= memory, f"writing held {peak.growth / MIB:.0f} MiB"
         peak = _Peak()
-        for _, tensor in peak.watch(made().read(tmp_path / file)):
+        for _, tensor in peak.watch(made().open(tmp_path / file)).read():
             assert tensor.sum() == tensor.numel()
         assert peak.growth <= memory, f"reading held {peak.growth / MIB:.0f} MiB"
 
@@ -117,6 +127,7 @@ def suite(
         an_unknown_name_is_refused,
         writing_again_replaces,
         a_failed_write_leaves_nothing,
+        a_source_that_changes_is_refused,
         its_own_files_are_accepted_by_it_alone,
         strange_paths_are_not_accepted,
         memory_is_bounded,
@@ -129,10 +140,12 @@ class _Peak:
     def __init__(self) -> None:
         self.start, self.growth = _private_bytes(), 0
 
-    def watch(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for item in stream:
+    def watch(self, tensors: Tensors) -> Tensors:
+        def load(name: str) -> Tensor:
             self.growth = max(self.growth, _private_bytes() - self.start)
-            yield item
+            return tensors.load(name)
+
+        return replace(tensors, load=load)
 
 
 def _private_bytes() -> int:
@@ -143,8 +156,18 @@ def _private_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def _stream() -> Iterator[tuple[str, Tensor]]:
-    return ((f"blocks.{i}.weight", torch.ones(MIB)) for i in range(STREAM))
+def as_tensors(state: Mapping[str, Tensor]) -> Tensors:
+    """Return a state dict as a source of tensors."""
+    index = {
+        name: TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in state.items()
+    }
+    return Tensors(index, lambda name: state[name])
+
+
+def _stream() -> Tensors:
+    names = [f"blocks.{i}.weight" for i in range(STREAM)]
+    return Tensors(dict.fromkeys(names, TensorInfo((MIB,), "float32")), lambda _: torch.ones(MIB))
 
 
 def _example(dtypes: Iterable[torch.dtype]) -> dict[str, Tensor]:

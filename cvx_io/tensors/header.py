@@ -7,52 +7,49 @@ Source: huggingface/safetensors README.md, section Format.
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cvx_core.errors import FormatError
 from cvx_core.interfaces import TensorInfo
+from cvx_io.tensors.dtypes import num_bytes
+from cvx_io.tensors.stored import Stored
 
 HEADER_LIMIT = 100_000_000
 """Longest legal header in bytes, a limit of the format."""
 
-_DTYPES = {
-    "BOOL": ("bool", 1),
-    "U8": ("uint8", 1),
-    "I8": ("int8", 1),
-    "F8_E4M3": ("float8_e4m3fn", 1),
-    "F8_E5M2": ("float8_e5m2", 1),
-    "U16": ("uint16", 2),
-    "I16": ("int16", 2),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "U32": ("uint32", 4),
-    "I32": ("int32", 4),
-    "F32": ("float32", 4),
-    "U64": ("uint64", 8),
-    "I64": ("int64", 8),
-    "F64": ("float64", 8),
-    "C64": ("complex64", 8),
+_CODES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "uint16": "U16",
+    "int16": "I16",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "uint32": "U32",
+    "int32": "I32",
+    "float32": "F32",
+    "uint64": "U64",
+    "int64": "I64",
+    "float64": "F64",
+    "complex64": "C64",
 }
-_CODES = {name: code for code, (name, _) in _DTYPES.items()}
-_SIZES = dict(_DTYPES.values())
+_DTYPES = {code: name for name, code in _CODES.items()}
 
 
-def num_bytes(info: TensorInfo) -> int:
-    """Return the stored size of a tensor. Raises FormatError for a dtype that safetensors lacks."""
-    if info.dtype not in _SIZES:
-        known = ", ".join(_SIZES)
-        raise FormatError(
-            f"safetensors cannot store dtype {info.dtype!r}. Convert the tensor to one of: {known}."
-        )
-    return math.prod(info.shape) * _SIZES[info.dtype]
+class Header(NamedTuple):
+    """What the header of a file tells: where each tensor lies, and the file's own metadata."""
+
+    tensors: dict[str, Stored]
+    metadata: dict[str, str]
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Return every tensor's shape and dtype. Raises FormatError on all a reader could stumble over."""
+def read_header(path: Path) -> Header:
+    """Return where every tensor lies, its shape and dtype. Raises FormatError on any damage or gap."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -67,12 +64,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         header = json.loads(text, object_pairs_hook=_unique)
         entries = {name: _entry(value) for name, value in header.items() if name != "__metadata__"}
+        metadata = dict(header.get("__metadata__") or {})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise FormatError(
             f"{path}: broken safetensors header: {error}. Download or export the file again."
         ) from error
     _check_offsets(path, entries, size - 8 - length)
-    return {name: info for name, (info, _, _) in entries.items()}
+    stored = {name: Stored(path, 8 + length + begin, info) for name, (info, begin, _) in entries.items()}
+    return Header(stored, {str(key): str(value) for key, value in metadata.items()})
 
 
 def make_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
@@ -99,7 +98,7 @@ def _entry(value: Mapping[str, Any]) -> tuple[TensorInfo, int, int]:
     shape, (begin, end) = tuple(value["shape"]), value["data_offsets"]
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
         raise ValueError(f"shape {value['shape']} or offsets {value['data_offsets']} are not counts")
-    return TensorInfo(shape, _DTYPES[value["dtype"]][0]), begin, end
+    return TensorInfo(shape, _DTYPES[value["dtype"]]), begin, end
 
 
 def _check_offsets(path: Path, entries: Mapping[str, tuple[TensorInfo, int, int]], available: int) -> None:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cvx_core import FormatError
-from cvx_core.interfaces import Piece, TensorInfo
-from cvx_io.atomic import atomic_file, atomic_folder, write_json
-from cvx_io.rename import IDENTITY, Names, Renaming
-from cvx_io.tensors.pickles import PickleReader
-from cvx_io.tensors.safetensors import SafetensorsReader
+from cvx_core.interfaces import Piece, Tensors
+from cvx_io.atomic import atomic_file, atomic_folder, read_json, write_json
+from cvx_io.lora import is_lora
+from cvx_io.rename import IDENTITY, Names
+from cvx_io.tensors.header import read_header
+from cvx_io.tensors.pickles import open_pickle
+from cvx_io.tensors.safetensors import open_safetensors
 from cvx_io.tensors.shards import has_weights, weights_file
 from cvx_io.tensors.write import write_file, write_shards
 from cvx_plugins.formats import HFConfig
 from cvx_plugins.formats.pipeline import FOLDER_OF, INDEX, TOKENIZER, index_of
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
+SUFFIXES = (".safetensors", ".safetensors.index.json")
 STALE = ("*.safetensors", "*.safetensors.index.json", "*pytorch_model*.bin", "*pytorch_model*.bin.index.json")
 """What an earlier export leaves in a folder that is written again."""
 
@@ -33,43 +34,41 @@ class HF:
         self.shard_limit = cfg.shard_limit
 
     def accepts(self, path: Path) -> bool:
-        """Tell from file names whether `path` is a model's folder, a shard index or a weight file."""
+        """Tell whether `path` is a model's folder, a shard index or a weight file, and no LoRA."""
         if path.is_dir():
             return (path / "config.json").is_file() and has_weights(path)
-        return path.name.endswith((".safetensors", ".safetensors.index.json")) and path.is_file()
+        if not path.is_file() or not path.name.endswith(SUFFIXES):
+            return False
+        return path.suffix == ".json" or not is_lora(_names_in(path))
 
-    def index(self, path: Path, names: Names | None = None) -> dict[str, TensorInfo]:
-        """Return shape and dtype of every canonical tensor. Raises FormatError on damaged files."""
-        reader = _reader(path)
-        stored = reader.index()
-        return _plan(stored, path, names).index(stored)
+    def open(self, path: Path, names: Names | None = None) -> Tensors:
+        """Return what is at `path`; the facts are the folder's config.json and the files' own metadata.
 
-    def read(
-        self, path: Path, names: Names | None = None, only: Sequence[str] | None = None
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield canonical tensors one at a time, on the CPU, all of them or `only` those named."""
-        reader = _reader(path)
-        plan = _plan(reader.index(), path, names)
-        if only is not None:
-            plan = plan.only(only, str(path))
-        yield from plan.apply(reader.read(plan.sources))
+        Raises FormatError on files that are missing, damaged or contradict each other.
+        """
+        file = weights_file(path)
+        stored = open_safetensors(file) if file.name.endswith(SUFFIXES) else open_pickle(file)
+        found = (names or IDENTITY).read(stored, str(path))
+        config = file.parent / "config.json"
+        facts = {**stored.facts, "config": read_json(config)} if config.is_file() else stored.facts
+        return replace(found, facts=facts)
 
     def write(
         self,
         path: Path,
-        tensors: Iterable[tuple[str, Tensor]],
+        tensors: Tensors,
         names: Names | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a folder with `config` as its config.json, or one file where `path` ends in .safetensors.
 
-        The folder appears complete or not at all, replaces an earlier export there, and needs one shard of
-        memory; a single file needs all of its tensors in memory and keeps no config.
+        Either appears complete or not at all. A folder replaces an earlier export there; a file keeps no
+        config.
         """
-        foreign = (names or IDENTITY).reverse(tensors)
+        foreign = (names or IDENTITY).write(tensors, str(path))
         if path.suffix == ".safetensors":
             with atomic_file(path) as partial:
-                write_file(partial, dict(foreign))
+                write_file(partial, foreign)
             return
         if config is None:
             raise FormatError(
@@ -98,14 +97,12 @@ def hf_format(cfg: HFConfig, _deps: Any) -> HF:
     return HF(cfg)
 
 
-def _reader(path: Path) -> SafetensorsReader | PickleReader:
-    file = weights_file(path)
-    is_safetensors = file.name.endswith((".safetensors", ".safetensors.index.json"))
-    return SafetensorsReader(file) if is_safetensors else PickleReader(file)
-
-
-def _plan(stored: Iterable[str], path: Path, names: Names | None) -> Renaming:
-    return (names or IDENTITY).plan(stored, str(path))
+def _names_in(path: Path) -> list[str]:
+    """Return the names in a safetensors file; none where its header cannot be read."""
+    try:
+        return list(read_header(path).tensors)
+    except FormatError:
+        return []
 
 
 def _stem(config: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ fields name the component, which may be a preset, under `use`. No torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 from cvx_core import FormatError, PluginError
 from cvx_core.interfaces import Piece
 from cvx_core.registry import Registry
+from cvx_io.atomic import read_json
 from cvx_io.tensors.shards import has_weights
 
 SECTION_OF = {
@@ -59,7 +59,7 @@ def index_of(pieces: Mapping[str, Piece]) -> dict[str, Any]:
 
 
 def _pipeline(path: Path, registry: Registry) -> tuple[dict[str, Any], list[str]]:
-    index = _read_json(path / INDEX)
+    index = read_json(path / INDEX)
     listed = {name: entry for name, entry in index.items() if _is_component(name, entry)}
     if unknown := sorted(listed.keys() - SECTION_OF.keys() - {TOKENIZER}):
         known = ", ".join((*SECTION_OF, TOKENIZER))
@@ -76,7 +76,7 @@ def _pipeline(path: Path, registry: Registry) -> tuple[dict[str, Any], list[str]
         file = _config_file(path / name)
         if file is None:
             raise FormatError(f"{path / name}: has no {' or '.join(CONFIG_FILES)}. Is the download complete?")
-        foreign = _read_json(file)
+        foreign = read_json(file)
         fields = _recognise(foreign, section, registry)
         if fields is None:
             raise _unrecognised(file, foreign, [section], registry)
@@ -90,7 +90,7 @@ def _pipeline(path: Path, registry: Registry) -> tuple[dict[str, Any], list[str]
 def _bare(path: Path, registry: Registry) -> tuple[dict[str, Any], list[str]]:
     file = _config_file(path)
     assert file is not None
-    foreign = _read_json(file)
+    foreign = read_json(file)
     for section in SECTION_OF.values():
         fields = _recognise(foreign, section, registry)
         if fields is not None:
@@ -152,7 +152,7 @@ def _set_image_latent(found: dict[str, Any], vae: Path, registry: Registry, note
         ) from error
     rules = getattr(config, "rules", None)
     usual = rules().image_latent if rules is not None else "none"
-    foreign = _read_json(vae / "config.json")
+    foreign = read_json(vae / "config.json")
     stated = "divided" if foreign.get("invert_scale_latents") else "scaled"
     if usual not in ("none", stated):
         found["predictor"]["card"] = {**found["predictor"].get("card", {}), "image_latent": stated}
@@ -182,13 +182,3 @@ def _config_file(folder: Path) -> Path | None:
 def _is_component(name: str, entry: Any) -> bool:
     """Tell a [library, class] entry from a setting such as _class_name, and from a part that is null."""
     return not name.startswith("_") and isinstance(entry, list) and any(entry)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{file}: cannot be read as JSON: {error}. Download it again.") from error
-    if not isinstance(data, dict):
-        raise FormatError(f"{file}: expected a JSON object, got {type(data).__name__}. Download it again.")
-    return data

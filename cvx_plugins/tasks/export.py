@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
-from cvx_core.interfaces import Deps, Parts, Piece
+from cvx_core.interfaces import Deps, Parts, Piece, Tensors
 from cvx_core.registry import Choice
 from cvx_core.spec import Spec
+from cvx_io.regroup import describe
 
 log = logging.getLogger("cvx")
 WHOLE = ("predictor", "autoencoder", "text_encoder", "scheduler")
@@ -36,6 +36,7 @@ def export_component(module: nn.Module, choice: Choice, folder: Path, target: Ch
     log.info("exported %s", folder)
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in module.named_parameters():
-        yield name, parameter.detach().cpu()
+def _tensors(module: nn.Module) -> Tensors:
+    params = dict(module.named_parameters())
+    index = {name: describe(parameter) for name, parameter in params.items()}
+    return Tensors(index, lambda name: params[name].detach().cpu())

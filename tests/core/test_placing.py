@@ -8,11 +8,11 @@ from torch import nn
 
 from cvx_core import Component, Config, FormatError, InputPath, PluginError, Registry
 from cvx_core.building import build
-from cvx_core.interfaces import TensorInfo
 from cvx_core.placing import Stage, initialise, place
 from cvx_core.recipe import parse
 from cvx_core.run_config import TaskConfig
 from cvx_core.spec import resolve
+from cvx_core.testing.format import as_tensors
 
 
 class NetConfig(Config):
@@ -81,11 +81,8 @@ class Box:
     def __init__(self, _config, _deps):
         pass
 
-    def index(self, path, names=None):
-        return {k: TensorInfo(tuple(v.shape), "float32") for k, v in torch.load(path).items()}
-
-    def read(self, path, names=None, only=None):
-        yield from ((k, v) for k, v in torch.load(path).items() if k in only)
+    def open(self, path, names=None):
+        return as_tensors(torch.load(path))
 
 
 @pytest.fixture

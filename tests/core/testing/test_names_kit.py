@@ -46,8 +46,8 @@ def test_a_bijective_table_passes(checks):
 class ReadsBackwards(Names):
     """Joins in another order than it cuts."""
 
-    def reverse(self, tensors):
-        return Names((Cat("f.{i}.qkv", ["b.{i}.v", "b.{i}.k", "b.{i}.q"]), REST)).reverse(tensors)
+    def write(self, tensors, where=""):
+        return Names((Cat("f.{i}.qkv", ["b.{i}.v", "b.{i}.k", "b.{i}.q"]), REST)).write(tensors)
 
 
 @pytest.mark.parametrize(

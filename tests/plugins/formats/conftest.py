@@ -9,6 +9,7 @@ import torch
 from pydantic import model_validator
 
 from cvx_core import Card, Component, Config, Registry
+from cvx_core.testing.format import as_tensors
 from cvx_io.tensors.write import write_file
 
 
@@ -97,7 +98,7 @@ def component_folder():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(json.dumps({"_class_name": class_name, "size": 2, **fields}))
         if weights:
-            write_file(folder / "diffusion_pytorch_model.safetensors", {"a": torch.ones(2)})
+            write_file(folder / "diffusion_pytorch_model.safetensors", as_tensors({"a": torch.ones(2)}))
         return folder
 
     return write

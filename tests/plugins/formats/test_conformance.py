@@ -5,7 +5,7 @@ from cvx_core.testing import format, plugin
 MIB = 2**20
 
 test_all = plugin.suite("formats")
-test_file = format.suite("hf", file="model.safetensors", memory=160 * MIB)
-test_whole = format.suite("hf", memory=160 * MIB)
-test_shards = format.suite("hf", shard_limit=8 * MIB, memory=32 * MIB)
-test_one_tensor_per_shard = format.suite("hf", shard_limit=1, config={"model_type": "t5"}, memory=32 * MIB)
+test_file = format.suite("hf", file="model.safetensors")
+test_whole = format.suite("hf")
+test_shards = format.suite("hf", shard_limit=8 * MIB)
+test_one_tensor_per_shard = format.suite("hf", shard_limit=1, config={"model_type": "t5"})
