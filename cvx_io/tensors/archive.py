@@ -1,0 +1,124 @@
+"""Writing torch.save files with one tensor in memory at a time: the pickle, made from shapes, comes first.
+
+The layout is that of torch.save (see pickles.py); torch.load and older readers take it for one.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cvx_core.interfaces import TensorInfo
+from cvx_io.tensors.dtypes import STORAGES, num_bytes, size_of
+from cvx_io.tensors.write import raw
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ALIGNMENT = 64
+_ZIP64_FIELD = 20
+"""Bytes that zipfile adds to an entry's header for sizes beyond 4 GiB."""
+
+
+class Archive:
+    """An open torch.save file; `write` the tensors in the order of its index."""
+
+    def __init__(self, file: zipfile.ZipFile, stem: str, index: Mapping[str, TensorInfo]):
+        self._zip, self._stem, self._index = file, stem, index
+        self._keys = {name: str(key) for key, name in enumerate(index)}
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor. Raises FormatError where it is not what the index says."""
+        self._entry(f"data/{self._keys[name]}", raw(name, tensor, self._index[name]))
+
+    def _entry(self, name: str, data: Any) -> None:
+        info = zipfile.ZipInfo(f"{self._stem}/{name}")
+        assert self._zip.fp is not None
+        large = len(data) >= 2**31
+        begin = self._zip.fp.tell() + 30 + len(info.filename.encode()) + (_ZIP64_FIELD if large else 0)
+        padding = -(begin + 4) % ALIGNMENT
+        info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding  # as torch.save pads
+        with self._zip.open(info, "w", force_zip64=large) as entry:
+            entry.write(data)
+
+
+@contextmanager
+def torch_archive(path: Path, index: Mapping[str, TensorInfo], wrap: Any = None) -> Iterator[Archive]:
+    """Open a torch.save file of the tensors in `index`; each is then written once.
+
+    wrap: given the mapping {name: tensor}, returns what the file is to hold, in plain containers; the mapping
+    alone by default.
+    """
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
+        archive = Archive(file, path.stem, index)
+        state = OrderedDict((name, _Slot(str(key), info)) for key, (name, info) in enumerate(index.items()))
+        archive._entry("data.pkl", _pickled(wrap(state) if wrap is not None else state))
+        archive._entry("byteorder", b"little")
+        yield archive
+        archive._entry("version", b"3\n")
+
+
+class _Slot:
+    """A tensor that is yet to be written."""
+
+    def __init__(self, key: str, info: TensorInfo):
+        self.key, self.info = key, info
+
+
+class _Storage:
+    def __init__(self, key: str, info: TensorInfo):
+        self.key, self.info = key, info
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, _Storage):
+            return None
+        count = num_bytes(value.info) // size_of(value.info.dtype)
+        kind = _storage_class(value.info.dtype)
+        if kind is None:
+            import torch
+
+            return ("storage", torch.UntypedStorage, value.key, "cpu", num_bytes(value.info))
+        return ("storage", kind, value.key, "cpu", count)
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, _Slot):
+            return NotImplemented
+        import torch
+
+        info, steps = value.info, _strides(value.info.shape)
+        storage = _Storage(value.key, info)
+        rest: tuple[bool, Any] = (False, OrderedDict())
+        if _storage_class(info.dtype) is None:
+            dtype = getattr(torch, info.dtype)
+            return torch._utils._rebuild_tensor_v3, (storage, 0, info.shape, steps, *rest, dtype)
+        return torch._utils._rebuild_tensor_v2, (storage, 0, info.shape, steps, *rest)
+
+
+def _pickled(tree: Any) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=2).dump(tree)
+    return buffer.getvalue()
+
+
+def _storage_class(dtype: str) -> Any:
+    """Return torch's typed storage of a dtype; None for dtypes that torch saves as untyped bytes."""
+    import torch
+
+    return getattr(torch, STORAGES[dtype]) if dtype in STORAGES else None
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    steps: list[int] = []
+    step = 1
+    for length in reversed(shape):
+        steps.append(step)
+        step *= max(length, 1)
+    return tuple(reversed(steps))
