@@ -2,7 +2,8 @@
 
 A rule is written once, from the foreign name to the canonical one; the reverse follows from it. In a template
 `{i}`, `{j}` and `{k}` stand for a number, `{rest}` for all that is left, any other field for one dotted
-component. The first rule that matches a name decides, either way. No torch.
+component; `{~i}` is `{i}` counted from the other end, the highest number that the names have. The first rule
+that matches a name decides, either way. No torch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cvx_core.errors import FormatError, PluginError
 from cvx_core.interfaces import Tensors
 from cvx_io.regroup import Parts, Renaming, Step, at, listed, nearest
 
-_FIELD = re.compile(r"\{(\w+)\}")
+_FIELD = re.compile(r"\{(~?\w+)\}")
 _FIELD_PATTERNS = {"i": r"\d+", "j": r"\d+", "k": r"\d+", "rest": r".+"}
 
 
@@ -116,19 +117,20 @@ class Names:
 
         Raises FormatError on names without a rule, and on a canonical name that would be produced twice.
         """
+        foreign = list(foreign)
         steps: dict[str, Step] = {}
         dropped: dict[str, str] = {}
         unmatched: list[str] = []
         for name in foreign:
             if not name.startswith(self.prefix):
                 dropped[name] = f"does not start with {self.prefix!r}"
-            elif (found := self._find(name)) is None:
+            elif (found := self._find(name, foreign)) is None:
                 unmatched.append(name)
             elif isinstance(found, Drop):
                 dropped[name] = found.reason
             else:
                 steps[name] = found
-        self._refuse(unmatched, [self.prefix + rule.foreign for rule in self.rules], where)
+        _refuse(unmatched, [self.prefix + rule.foreign for rule in self.rules], where)
         if dropped and not steps:
             name, reason = next(iter(dropped.items()))
             raise FormatError(f"{at(where)}holds nothing of this model; {name!r}: {reason}. Check the path.")
@@ -136,9 +138,10 @@ class Names:
 
     def plan_reverse(self, canonical: Iterable[str], where: str = "") -> Renaming:
         """Match canonical names, for writing. Raises FormatError as plan does, and on an incomplete group."""
-        found = {name: self._find_reverse(name) for name in canonical}
+        canonical = list(canonical)
+        found = {name: self._find_reverse(name, canonical) for name in canonical}
         templates = [template for rule in self.rules for template in rule.into]
-        self._refuse([name for name, step in found.items() if step is None], templates, where)
+        _refuse([name for name, step in found.items() if step is None], templates, where)
         return Renaming(_grouped({name: step for name, step in found.items() if step is not None}, where))
 
     def read(self, source: Tensors, where: str = "") -> Tensors:
@@ -157,8 +160,8 @@ class Names:
 
     def split_of(self, foreign: str) -> tuple[Split | None, int]:
         """Return how tensor-parallel ranks share a foreign tensor, and the number of parts it consists of."""
-        for pattern, rule in self._foreign:
-            if pattern.fullmatch(foreign):
+        for template, rule in self._foreign:
+            if template.match(foreign) is not None:
                 return rule.tp, rule.parts
         return None, 1
 
@@ -172,35 +175,68 @@ class Names:
         return replace(self, rules=(*first, *(rule for rule in self.rules if rule not in first)))
 
     @cached_property
-    def _foreign(self) -> list[tuple[re.Pattern[str], Rule]]:
-        return [(_compile(self.prefix + rule.foreign), rule) for rule in self.rules]
+    def _foreign(self) -> list[tuple[_Template, Rule]]:
+        return [(_Template(self.prefix + rule.foreign, rule), rule) for rule in self.rules]
 
     @cached_property
-    def _canonical(self) -> list[tuple[re.Pattern[str], Rule]]:
-        return [(_compile(template), rule) for rule in self.rules for template in rule.into]
+    def _canonical(self) -> list[tuple[_Template, Rule]]:
+        return [(_Template(template, rule), rule) for rule in self.rules for template in rule.into]
 
-    @staticmethod
-    def _refuse(unmatched: list[str], templates: list[str], where: str) -> None:
-        if unmatched:
-            raise FormatError(
-                f"{at(where)}no rule matches {len(unmatched)} of the names: {listed(unmatched)}."
-                f"{nearest(unmatched[0], templates, 'rule')} Wrong model or format, or a newer export?"
-            )
-
-    def _find(self, name: str) -> Step | Drop | None:
-        for pattern, rule in self._foreign:
-            if match := pattern.fullmatch(name):
+    def _find(self, name: str, names: Collection[str] = ()) -> Step | Drop | None:
+        for template, rule in self._foreign:
+            if (values := template.match(name, names)) is not None:
                 if isinstance(rule, Drop):
                     return rule
-                return Step(rule.parts, {name: tuple(range(rule.parts))}, _filled(rule.into, match))
+                return Step(rule.parts, {name: tuple(range(rule.parts))}, _filled(rule.into, values))
         return None
 
-    def _find_reverse(self, name: str) -> Step | None:
-        for pattern, rule in self._canonical:
-            if match := pattern.fullmatch(name):
-                target = self.prefix + rule.foreign.format_map(match.groupdict())
-                return Step(rule.parts, _filled(rule.into, match), {target: tuple(range(rule.parts))})
+    def _find_reverse(self, name: str, names: Collection[str] = ()) -> Step | None:
+        for template, rule in self._canonical:
+            if (values := template.match(name, names)) is not None:
+                target = self.prefix + rule.foreign.format_map(values)
+                return Step(rule.parts, _filled(rule.into, values), {target: tuple(range(rule.parts))})
         return None
+
+
+def _refuse(unmatched: list[str], templates: list[str], where: str) -> None:
+    if unmatched:
+        raise FormatError(
+            f"{at(where)}no rule matches {len(unmatched)} of the names: {listed(unmatched)}."
+            f"{nearest(unmatched[0], templates, 'rule')} Wrong model or format, or a newer export?"
+        )
+
+
+class _Template:
+    """A template as a pattern; matching yields the value of each field."""
+
+    def __init__(self, text: str, rule: Rule):
+        self.counts_back = any("{~" in template for template in (rule.foreign, *rule.into))
+        self.is_flipped = "{~" in text
+        pattern, end = "", 0
+        for found in _FIELD.finditer(text):
+            name = found[1].lstrip("~")
+            repeated = f"(?P<{name}>" in pattern
+            group = f"(?P={name})" if repeated else f"(?P<{name}>{_FIELD_PATTERNS.get(name, '[^.]+')})"
+            pattern += re.escape(text[end : found.start()]) + group
+            end = found.end()
+        self.pattern = re.compile(pattern + re.escape(text[end:]), re.DOTALL)
+
+    def match(self, name: str, names: Collection[str] = ()) -> dict[str, str] | None:
+        """Return the fields of a name, None if it does not match; `names` are all, for `{~i}`."""
+        found = self.pattern.fullmatch(name)
+        if found is None:
+            return None
+        values = found.groupdict()
+        if self.counts_back:
+            other = str(_highest(names, name[: found.start("i")]) - int(values["i"]))
+            values |= {"i": other, "~i": values["i"]} if self.is_flipped else {"~i": other}
+        return values
+
+
+def _highest(names: Iterable[str], before: str) -> int:
+    """Return the highest number that follows `before` in the names."""
+    numbers = (re.match(r"\d+", name[len(before) :]) for name in names if name.startswith(before))
+    return max((int(number[0]) for number in numbers if number), default=0)
 
 
 def _grouped(steps: Mapping[str, Step], where: str) -> tuple[Step, ...]:
@@ -221,10 +257,14 @@ def _grouped(steps: Mapping[str, Step], where: str) -> tuple[Step, ...]:
     return tuple(groups.values())
 
 
+def _fields(template: str) -> set[str]:
+    return {name.lstrip("~") for name in _FIELD.findall(template)}
+
+
 def _check_rule(rule: Rule) -> None:
-    fields = set(_FIELD.findall(rule.foreign))
+    fields = _fields(rule.foreign)
     for template in rule.into:
-        if set(_FIELD.findall(template)) != fields:
+        if _fields(template) != fields:
             raise PluginError(f"{rule}: {template!r} needs the fields of {rule.foreign!r}: {sorted(fields)}.")
     parts = sorted(part for own in rule.into.values() for part in own)
     if parts != list(range(rule.parts)):
@@ -233,19 +273,8 @@ def _check_rule(rule: Rule) -> None:
         )
 
 
-def _compile(template: str) -> re.Pattern[str]:
-    pattern, end = "", 0
-    for match in _FIELD.finditer(template):
-        name = match[1]
-        repeated = f"(?P<{name}>" in pattern
-        group = f"(?P={name})" if repeated else f"(?P<{name}>{_FIELD_PATTERNS.get(name, '[^.]+')})"
-        pattern += re.escape(template[end : match.start()]) + group
-        end = match.end()
-    return re.compile(pattern + re.escape(template[end:]), re.DOTALL)
-
-
-def _filled(parts: Parts, match: re.Match[str]) -> Parts:
-    return {template.format_map(match.groupdict()): own for template, own in parts.items()}
+def _filled(parts: Parts, values: Mapping[str, str]) -> Parts:
+    return {template.format_map(values): own for template, own in parts.items()}
 
 
 IDENTITY = Names((Rename("{rest}", "{rest}"),))

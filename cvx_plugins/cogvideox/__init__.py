@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cvx_core import Component, hookimpl
+from cvx_plugins.cogvideox.names import names_components
 from cvx_plugins.cogvideox.predictor_config import predictor_components
 from cvx_plugins.cogvideox.vae_config import autoencoder_components
 
@@ -13,3 +14,4 @@ from cvx_plugins.cogvideox.vae_config import autoencoder_components
 def cvx_components() -> Iterable[Component]:
     yield from predictor_components()
     yield from autoencoder_components()
+    yield from names_components()
