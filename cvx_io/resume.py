@@ -4,6 +4,7 @@ last.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -12,10 +13,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as meta
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from cvx_core.errors import FormatError
 from cvx_io.atomic import atomic_folder
+from cvx_io.tensors.dcp_metadata import Checkpoint, Place, read_checkpoint
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"^step-(\d{8})$")
@@ -83,15 +89,73 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def restore(path: Path, state: dict[str, Any]) -> None:
-    """Fill `state` in place from a checkpoint.
+    """Fill `state` in place from a checkpoint. Runs nothing that its files name.
 
-    Raises FormatError, before anything is read, where the checkpoint holds other names or shapes.
+    Raises FormatError, before anything is read, where the checkpoint holds other names or shapes; and where
+    a file is damaged or holds anything but tensors and plain values.
     """
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    checkpoint = read_checkpoint(path)
+    _check_fit(checkpoint, state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            dcp.load(state, storage_reader=_Reader(checkpoint), planner=_PlainValues(), no_dist=True)
+        except CheckpointException as error:  # no Exception, so that nothing else would handle it
+            cause = next(iter(error.failures.values()))[0]
+            if not isinstance(cause, Exception):
+                raise cause from error
+            raise FormatError(
+                f"{path}: cannot be read: {str(cause).splitlines()[0]} Resume from an earlier checkpoint."
+            ) from cause
+
+
+class _Reader(dcp.FileSystemReader):
+    """Torch's reader of files, without its pickle.load of .metadata."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        super().__init__(checkpoint.path)
+        self._checkpoint = checkpoint
+
+    def read_metadata(self) -> meta.Metadata:
+        """Return, in torch's classes, what was read and checked before."""
+        entries: dict[str, Any] = {name: meta.BytesStorageMetadata() for name in self._checkpoint.objects}
+        places = {meta.MetadataIndex(name): _info(at) for name, at in self._checkpoint.objects.items()}
+        for name, saved in self._checkpoint.tensors.items():
+            boxes = [
+                meta.ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
+                for chunk in saved.chunks
+            ]
+            properties = meta.TensorProperties(getattr(torch, saved.info.dtype))
+            entries[name] = meta.TensorStorageMetadata(properties, torch.Size(saved.info.shape), boxes)
+            for chunk in saved.chunks:
+                places[meta.MetadataIndex(name, chunk.offsets)] = _info(chunk.place)
+        return meta.Metadata(entries, storage_data=places, storage_meta=meta.StorageMeta())
+
+
+class _PlainValues(dcp.DefaultLoadPlanner):
+    """Torch's planner, except that a value which is no tensor may not be anything that runs on loading."""
+
+    def load_bytes(self, read_item: dcp.planner.ReadItem, value: io.BytesIO) -> None:
+        try:
+            torch.load(value, weights_only=True)
+        except Exception as error:  # torch raises whatever the damage leads to
+            name = read_item.dest_index.fqn
+            raise ValueError(f"{name!r} is no plain value: {str(error).splitlines()[0]}") from error
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+def _info(place: Place) -> _StorageInfo:
+    return _StorageInfo(place.file.name, place.start, place.length)
+
+
+def _check_fit(checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
     wanted = dict(_flat(state))
+    stored = {name: saved.info.shape for name, saved in checkpoint.tensors.items()}
+    stored |= dict.fromkeys(checkpoint.objects, ())
     missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
-    shapes = {name: tuple(getattr(stored[name], "size", ())) for name in wanted.keys() & stored.keys()}
-    misshaped = sorted(name for name, shape in shapes.items() if shape != tuple(_shape(wanted[name])))
+    both = wanted.keys() & stored.keys()
+    misshaped = sorted(name for name in both if stored[name] != tuple(_shape(wanted[name])))
     if missing or extra or misshaped:
         found = [
             f"{len(names)} {what}, first {names[0]!r}"
@@ -103,11 +167,9 @@ def restore(path: Path, state: dict[str, Any]) -> None:
             if names
         ]
         raise FormatError(
-            f"{path}: does not fit this recipe: {'; '.join(found)}. Resume with the recipe it was made by."
+            f"{checkpoint.path}: does not fit this recipe: {'; '.join(found)}. "
+            "Resume with the recipe it was made by."
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(state, checkpoint_id=path, no_dist=True)
 
 
 def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -31,6 +31,18 @@ class HFConfig(Config):
         return pipeline.sections(path, registry)
 
 
+class DCPConfig(Config):
+    """A torch distributed checkpoint: a folder with .metadata and .distcp files, of FSDP or of a run here."""
+
+    canonical: ClassVar[bool] = True  # names in the files are ours, unless a names table says otherwise
+
+    path: InputPath | None = None
+    """The folder of one step. Needed to read."""
+    part: str | None = None
+    """Read only names under this prefix, such as `model`, and strip it. Without it: `model` where the
+    checkpoint holds a training state, else everything."""
+
+
 @hookimpl
 def cvx_components() -> Iterable[Component]:
     yield Component(
@@ -39,4 +51,11 @@ def cvx_components() -> Iterable[Component]:
         HFConfig,
         "cvx_plugins.formats.hf:hf_format",
         summary="Hugging Face folders: config.json with safetensors, canonical names",
+    )
+    yield Component(
+        "format",
+        "dcp",
+        DCPConfig,
+        "cvx_plugins.formats.dcp:dcp_format",
+        summary="Torch distributed checkpoints: .metadata with .distcp files, canonical names",
     )
