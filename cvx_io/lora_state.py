@@ -97,8 +97,8 @@ def stating(tensors: Tensors, alphas: Mapping[str, float], where: str = "") -> T
     for module in given.keys() & stated.keys():
         if given[module] != stated[module]:
             raise FormatError(
-                f"{at(where)}states alpha {stated[module]:g} for {module!r}, but alpha {given[module]:g} was "
-                "given. Give none, or the one stated."
+                f"{at(where)}{module!r} has alpha {stated[module]:g} in the file, but {given[module]:g} was "
+                "given or is in its config. Only one of them can be right; remove the other."
             )
     final = stated | given
     if wrong := [module for module, alpha in final.items() if not math.isfinite(alpha)]:

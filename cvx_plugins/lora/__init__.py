@@ -1,0 +1,41 @@
+"""LoRA files of other tools. What their tensors mean is in cvx_io/lora_state.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from cvx_core import Component, Config, hookimpl
+from cvx_core.config import InputPath
+
+
+class LoraFileConfig(Config):
+    """LoRA weights with an alpha for every module; a file that states none needs one to be given."""
+
+    canonical: ClassVar[bool] = True  # modules have our names, behind what each layout puts before them
+
+    path: InputPath | None = None
+    """The file, or the folder that holds it. Needed to read."""
+
+
+@hookimpl
+def cvx_components() -> Iterable[Component]:
+    def component(name: str, target: str, summary: str) -> Component:
+        return Component("format", name, LoraFileConfig, f"cvx_plugins.lora.{target}", summary=summary)
+
+    yield component(
+        "diffusers-lora",
+        "diffusers_file:diffusers_lora",
+        "LoRA that diffusers pipelines load: pytorch_lora_weights.safetensors, alphas in its metadata",
+    )
+    yield component(
+        "peft",
+        "peft_folder:peft_folder",
+        "LoRA folder of PEFT: adapter_config.json with adapter_model.safetensors",
+    )
+    yield component(
+        "comfyui", "single_file:comfyui", "LoRA file of ComfyUI: diffusion_model.* with alpha tensors"
+    )
+    yield component(
+        "kohya", "single_file:kohya", "LoRA file in kohya's naming: lora_unet_* with alpha tensors"
+    )
