@@ -28,11 +28,16 @@ Split = Literal["column", "row", "per_part"]
 
 @dataclass(frozen=True)
 class Rename:
-    """The foreign tensor, under another name."""
+    """The foreign tensor, under another name.
+
+    whole: (n, other) says that the whole tensor has n times the rows of the foreign tensor `other`; older
+    files hold it whole on each tensor-parallel rank, and are known by that.
+    """
 
     foreign: str
     canonical: str
     tp: Split | None = None
+    whole: tuple[int, str] | None = None
 
     @property
     def parts(self) -> int:
@@ -164,6 +169,13 @@ class Names:
             if template.match(foreign) is not None:
                 return rule.tp, rule.parts
         return None, 1
+
+    def whole_rows(self, foreign: str) -> tuple[int, str] | None:
+        """Return (n, other) where a whole tensor is known by having n times the rows of tensor `other`."""
+        for template, rule in self._foreign:
+            if template.match(foreign) is not None:
+                return getattr(rule, "whole", None)
+        return None
 
     def holds(self, canonical: str) -> bool:
         """Tell whether a rule has a place for a canonical name."""

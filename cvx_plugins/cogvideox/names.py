@@ -90,7 +90,7 @@ MEGATRON = Names(
         Rename(f"{_MM}.ff.net.2.bias", f"{BLOCK}.ff.net.2.bias"),
         Rename("norm_final.{p}", "norm_final.{p}"),
         Rename("norm_out.{p}", "norm_out.norm.{p}"),
-        Rename("adaLN_modulation.1.{p}", "norm_out.linear.{p}", tp="column"),
+        Rename("adaLN_modulation.1.{p}", "norm_out.linear.{p}", tp="column", whole=(2, "norm_out.weight")),
         Rename("proj_out_linear.{p}", "proj_out.{p}"),
         Rename("proj_out.{p}", "proj_out.{p}"),  # the layer's name up to version 2.0.0
     ),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from cvx_core import Component, Config, hookimpl
+from cvx_core import Component, Config, FormatError, Plan, hookimpl
 from cvx_core.config import InputPath, Positive
 from cvx_core.registry import Registry
 from cvx_plugins.formats import pipeline
@@ -20,7 +20,7 @@ class HFConfig(Config):
     path: InputPath | None = None
     """The folder, the index file of the shards, or the file. Needed to read."""
     shard_limit: Positive = 5_000_000_000
-    """Most bytes of tensors in one file when a folder is written; also what writing holds in memory."""
+    """Most bytes of tensors in one file when a folder is written."""
 
     @classmethod
     def sections(cls, path: Path, registry: Registry) -> tuple[Mapping[str, Any], list[str]] | None:
@@ -43,6 +43,74 @@ class DCPConfig(Config):
     checkpoint holds a training state, else everything."""
 
 
+class SATConfig(Config):
+    """A SAT transformer folder with `latest`, or one .pt file, as CogVideo's original code has them."""
+
+    path: InputPath | None = None
+    """The folder or the file. Needed to read."""
+    tag: str | None = None
+    """The save to read or write, such as `500` or `500-ema`. None: read what `latest` names, write `1`."""
+    lora: Literal["refuse", "drop"] = "refuse"
+    """What to do, when reading, with LoRA matrices in a file."""
+
+
+class MegatronConfig(Config):
+    """A Megatron tree of MindSpeed-MM, split over tensor-parallel ranks and pipeline stages."""
+
+    path: InputPath | None = None
+    """The folder with the tracker, the folder of an iteration, or a merged file. Needed to read."""
+    tp: Positive = 1
+    """Tensor-parallel ranks to write for."""
+    pp: Positive | tuple[Positive, ...] | tuple[tuple[Positive, ...], ...] = 1
+    """Pipeline stages to write: their number, the layers of each, or a list of such lists, one for each chunk
+    of a virtual pipeline."""
+    iteration: Positive | None = None
+    """The iteration to write as; None: `release`."""
+    positions: Literal["pos_embed", "rope"] = "pos_embed"
+    """Where learned positions are written: as converters call them, or as MindSpeed-MM since 2.0.0 does."""
+    replicas: Literal["equal", "first"] = "equal"
+    """Reading tensors that every rank holds: insist that the copies are equal, or take the first."""
+
+    def stages(self, layers: int) -> tuple[tuple[int, ...], ...]:
+        """Return the layers of each stage, by virtual chunk. Raises FormatError where they do not fit."""
+        if isinstance(self.pp, int):
+            if layers % self.pp:
+                raise FormatError(
+                    f"pp={self.pp} does not divide {layers} layers. Give the layers of each stage, such as "
+                    f"pp={even(layers, self.pp)}."
+                )
+            return ((layers // self.pp,) * self.pp,)
+        chunks = tuple(chunk for chunk in self.pp if isinstance(chunk, tuple))
+        if len({len(chunk) for chunk in chunks}) > 1:
+            raise FormatError(f"pp={self.pp}: every virtual chunk needs the same number of stages.")
+        return chunks or (tuple(size for size in self.pp if isinstance(size, int)),)
+
+    def unfit(self, plan: Plan) -> str | None:
+        """Return why a model cannot be split in this way, None where it can."""
+        if plan.num_heads % self.tp:
+            legal = [n for n in range(1, plan.num_heads + 1) if plan.num_heads % n == 0]
+            return f"tp={self.tp} does not divide the model's {plan.num_heads} heads. Choose one of {legal}."
+        return None
+
+
+class LayerZeroConfig(Config):
+    """Shards that MindSpeed's LayerZero training saves, one file per rank. Read only."""
+
+    path: InputPath | None = None
+    """The folder of an iteration. Needed to read."""
+    weights: Literal["model", "ema_model"] = "model"
+    """Which weights to read: the trained ones, or their moving average."""
+
+
+def even(layers: int, stages: int) -> list[int]:
+    """Return stage sizes that differ by one at most, the larger in the middle: the ends hold more besides."""
+    sizes = [layers // stages] * stages
+    middle = sorted(range(stages), key=lambda stage: abs(2 * stage - stages + 1))
+    for stage in middle[: layers % stages]:
+        sizes[stage] += 1
+    return sizes
+
+
 @hookimpl
 def cvx_components() -> Iterable[Component]:
     yield Component(
@@ -51,6 +119,27 @@ def cvx_components() -> Iterable[Component]:
         HFConfig,
         "cvx_plugins.formats.hf:hf_format",
         summary="Hugging Face folders: config.json with safetensors, canonical names",
+    )
+    yield Component(
+        "format",
+        "sat",
+        SATConfig,
+        "cvx_plugins.formats.sat:sat_format",
+        summary="CogVideo's original checkpoints: transformer/latest, 3d-vae.pt",
+    )
+    yield Component(
+        "format",
+        "megatron",
+        MegatronConfig,
+        "cvx_plugins.formats.megatron:megatron_format",
+        summary="MindSpeed-MM trees: mp_rank folders, tp and pp",
+    )
+    yield Component(
+        "format",
+        "layerzero",
+        LayerZeroConfig,
+        "cvx_plugins.formats.layerzero:layerzero_format",
+        summary="MindSpeed LayerZero shards: one file per rank, read only",
     )
     yield Component(
         "format",

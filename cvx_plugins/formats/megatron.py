@@ -1,0 +1,266 @@
+"""Megatron trees: a folder per iteration, in it a file per tensor-parallel rank and pipeline stage.
+
+Source: MindSpeed-MM checkpoint converters, Megatron-LM megatron/training/checkpointing.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from cvx_core import FormatError
+from cvx_core.interfaces import Tensors
+from cvx_io.atomic import atomic_file, atomic_folder
+from cvx_io.layout import Grid, Part, Rank, assemble, split, split_info, stages_of
+from cvx_io.rename import IDENTITY, Names
+from cvx_io.tensors.archive import Archive, torch_archive
+from cvx_io.tensors.pickles import load_pickle
+from cvx_io.tensors.stored import Stored
+from cvx_io.tensors.unpickle import Inert
+from cvx_plugins.formats import MegatronConfig
+
+TRACKER = "latest_checkpointed_iteration.txt"
+TRACKERS = (TRACKER, "latest_checkpointed_iterations.txt")
+"""The name that code reads and writes, and one that only a guide has."""
+WEIGHTS = "model_optim_rng.pt"
+_RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+_CHUNK = re.compile(r"model(\d*)")
+Sizes = Sequence[Sequence[int]]
+
+
+class Megatron:
+    """The `megatron` format, as MindSpeed-MM reads and writes it."""
+
+    def __init__(self, cfg: MegatronConfig):
+        self.cfg = cfg
+
+    def accepts(self, path: Path) -> bool:
+        """Tell whether `path` is a tree, an iteration in it, one of its files, or a merged file."""
+        if path.is_dir():
+            is_root = any((path / name).is_file() for name in TRACKERS)
+            return is_root or any(_RANK.fullmatch(file.parent.name) for file in _files(path))
+        if path.suffix not in (".pt", ".pth") or not path.is_file():
+            return False
+        try:
+            tree = load_pickle(path)
+        except FormatError:
+            return False
+        if not isinstance(tree, Mapping) or {"module", "state_dict", "shard_state_dict"} & tree.keys():
+            return False
+        is_bare = bool(tree) and all(isinstance(value, Stored) for value in tree.values())
+        return is_bare or bool(_chunks(tree))
+
+    def open(self, path: Path, names: Names | None = None) -> Tensors:
+        """Return a checkpoint's weights whole; the facts hold what its `args` state, as plain values.
+
+        Raises FormatError where files of the grid of ranks and stages are missing or contradict each other.
+        """
+        table = names or IDENTITY
+        if path.is_file():
+            content = _Content.of(path)
+            grid: Grid = [[content.chunks[0]]]
+            where, dropped, facts = str(path), content.dropped, content.facts
+        else:
+            folder = _iteration(path)
+            contents = _contents(folder)
+            grid, where = _grid(contents), str(folder)
+            first = contents[0, 0]
+            dropped, facts = first.dropped, first.facts
+        whole = assemble(grid, table, where, self.cfg.replicas == "equal")
+        source = Tensors(whole.index, whole.load, {**dropped, **whole.dropped}, facts=facts)
+        return table.read(source, where)
+
+    def write(
+        self,
+        path: Path,
+        tensors: Tensors,
+        names: Names | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a tree, its tracker last, or a bare mapping where `path` ends in .pt.
+
+        Raises FormatError where the tensors cannot be shared among so many ranks or stages.
+        """
+        table = (names or IDENTITY).preferring(self.cfg.positions)
+        foreign = table.write(tensors, str(path))
+        sizes = self.cfg.stages(_num_blocks(foreign, table))
+        if path.suffix == ".pt":
+            if self.cfg.tp > 1 or len(sizes) * len(sizes[0]) > 1:
+                raise FormatError(
+                    f"{path}: one file holds a whole model. Give a folder, or leave out tp and pp."
+                )
+            with atomic_file(path) as partial, torch_archive(partial, foreign.index) as archive:
+                for name, tensor in foreign.read():
+                    archive.write(name, tensor)
+            return
+        iteration = "release" if self.cfg.iteration is None else f"iter_{self.cfg.iteration:07}"
+        with atomic_folder(path, manifest=TRACKER, stale=(f"{iteration}/*/{WEIGHTS}",)) as partial:
+            self._write_tree(partial / iteration, foreign, table, sizes)
+            tracker = "release" if self.cfg.iteration is None else str(self.cfg.iteration)
+            (partial / TRACKER).write_text(tracker, encoding="utf-8")
+
+    def _write_tree(self, folder: Path, foreign: Tensors, table: Names, sizes: Sizes) -> None:
+        flat = [size for chunk in sizes for size in chunk]
+        stages = stages_of(table, list(foreign.index), flat)
+        for pipeline_rank in range(len(sizes[0])):
+            chunks = stages[pipeline_rank :: len(sizes[0])]
+            self._write_stage(folder, foreign, table, chunks, pipeline_rank, len(sizes[0]))
+
+    def _write_stage(
+        self,
+        folder: Path,
+        foreign: Tensors,
+        table: Names,
+        chunks: Sequence[Mapping[str, str]],
+        pipeline_rank: int,
+        pipeline_size: int,
+    ) -> None:
+        """Write a stage's files for every tensor-parallel rank in one pass over its tensors."""
+        tp = self.cfg.tp
+        rules = {name: table.split_of(name) for chunk in chunks for name in chunk.values()}
+        keys = {
+            (number, local): whole for number, chunk in enumerate(chunks) for local, whole in chunk.items()
+        }
+        index = {
+            f"{number}/{local}": split_info(whole, foreign.index[whole], *rules[whole], tp)
+            for (number, local), whole in keys.items()
+        }
+        with ExitStack() as stack:
+            archives: list[Archive] = []
+            for rank in range(tp):
+                stage = f"_{pipeline_rank:03}" if pipeline_size > 1 else ""
+                file = folder / f"mp_rank_{rank:02}{stage}" / WEIGHTS
+                file.parent.mkdir(parents=True)
+                archives.append(stack.enter_context(torch_archive(file, index, self._wrap)))
+            for (number, local), whole in keys.items():
+                tensor = foreign.load(whole)
+                for rank, archive in enumerate(archives):
+                    archive.write(f"{number}/{local}", split(tensor, *rules[whole], rank, tp))
+
+    def _wrap(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        chunks: dict[str, dict[str, Any]] = {}
+        for key, value in state.items():
+            number, _, name = key.partition("/")
+            chunks.setdefault(number, {})[name] = value
+        single = len(chunks) == 1
+        content: dict[str, Any] = {("model" if single else f"model{n}"): held for n, held in chunks.items()}
+        if not single or self.cfg.iteration is not None:
+            content["checkpoint_version"] = 3.0
+        if self.cfg.iteration is not None:
+            content["iteration"] = self.cfg.iteration
+        return content
+
+
+def megatron_format(cfg: MegatronConfig, _deps: Any) -> Megatron:
+    """Build the format; it needs nothing else."""
+    return Megatron(cfg)
+
+
+class _Content:
+    """One file: the chunks of the model it holds, and what it states besides."""
+
+    def __init__(self, chunks: list[Rank], dropped: dict[str, str], facts: dict[str, Any]):
+        self.chunks, self.dropped, self.facts = chunks, dropped, facts
+
+    @classmethod
+    def of(cls, path: Path) -> _Content:
+        tree = load_pickle(path)
+        if not isinstance(tree, Mapping):
+            raise FormatError(f"{path}: expected a mapping, got {type(tree).__name__}. Check the path.")
+        models = _chunks(tree) or {"": tree}
+        dropped = {name: "training state" for name in tree if models.keys() != {""} and name not in models}
+        chunks: list[Rank] = []
+        for model in models.values():
+            tensors = {name: value for name, value in model.items() if isinstance(value, Stored)}
+            dropped |= {
+                name: f"no tensor, but {type(model[name]).__name__}" for name in model.keys() - tensors.keys()
+            }
+            prefix = "predictor." if all(name.startswith("predictor.") for name in tensors) else ""
+            chunks.append({name.removeprefix(prefix): Part(t.info, t.load) for name, t in tensors.items()})
+        if not any(chunks):
+            raise FormatError(f"{path}: holds no tensors under `model`. Check the path.")
+        return cls(chunks, dropped, _facts(tree))
+
+
+def _chunks(tree: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the model, or the chunks of a virtual pipeline in order, out of any converter's wrapping."""
+    found = sorted((name for name in tree if _CHUNK.fullmatch(str(name))), key=lambda name: (len(name), name))
+    models = {name: tree[name] for name in found or [name for name in ("ema_model",) if name in tree]}
+    for name, model in models.items():
+        if isinstance(model, list) and len(model) == 1:  # OpenSoraPlan's merge of one rank
+            models[name] = model = model[0]
+        if isinstance(model, Mapping) and isinstance(model.get("model"), Mapping):  # layerzero_to_mm
+            models[name] = model["model"]
+    return {name: model for name, model in models.items() if isinstance(model, Mapping)}
+
+
+def _facts(tree: Mapping[str, Any]) -> dict[str, Any]:
+    args = tree.get("args")
+    if not isinstance(args, Inert):
+        return {}
+    plain = (int, float, str, bool, type(None))
+    return {"args": {name: value for name, value in vars(args).items() if isinstance(value, plain)}}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"mp_rank_*/{WEIGHTS}"))
+
+
+def _iteration(path: Path) -> Path:
+    """Return the folder with the ranks' folders."""
+    if _files(path):
+        return path
+    tracker = next((path / name for name in TRACKERS if (path / name).is_file()), None)
+    if tracker is not None:
+        text = tracker.read_text(encoding="utf-8").strip()
+        if text != "release" and not text.isdigit():
+            raise FormatError(f"{tracker}: holds {text!r}; expected `release` or the number of an iteration.")
+        folder = path / ("release" if text == "release" else f"iter_{int(text):07}")
+        if not _files(folder):
+            raise FormatError(
+                f"{folder}: {tracker.name} points here, but there is no mp_rank_*/{WEIGHTS}. Is it complete?"
+            )
+        return folder
+    found = [folder for folder in sorted(path.glob("*")) if folder.is_dir() and _files(folder)]
+    if len(found) != 1:
+        what = ", ".join(folder.name for folder in found) or "no iteration"
+        raise FormatError(f"{path}: has no {TRACKER} and holds {what}. Give the folder of one iteration.")
+    return found[0]
+
+
+def _contents(folder: Path) -> dict[tuple[int, int], _Content]:
+    """Return every file by tensor-parallel rank and stage. Raises FormatError where the grid has holes."""
+    files = {}
+    for file in _files(folder):
+        if match := _RANK.fullmatch(file.parent.name):
+            files[int(match[1]), int(match[2] or 0)] = file
+    contents = {at: _Content.of(file) for at, file in files.items()}
+    args = contents[min(contents)].facts.get("args", {})
+    tp = max(1 + max(at[0] for at in files), int(args.get("tensor_model_parallel_size") or 1))
+    pp = max(1 + max(at[1] for at in files), int(args.get("pipeline_model_parallel_size") or 1))
+    missing = [(r, s) for r in range(tp) for s in range(pp) if (r, s) not in files]
+    if missing:
+        names = ", ".join(f"mp_rank_{r:02}" + (f"_{s:03}" if pp > 1 else "") for r, s in missing[:4])
+        raise FormatError(
+            f"{folder}: {len(missing)} of {tp} x {pp} files (tensor-parallel ranks x stages) are missing: "
+            f"{names}. Copy all of them."
+        )
+    return contents
+
+
+def _grid(contents: Mapping[tuple[int, int], _Content]) -> Grid:
+    """Order chunks as the model runs: all stages of the first virtual chunk, then those of the next."""
+    tp, pp = (1 + max(at[dim] for at in contents) for dim in (0, 1))
+    virtual = len(contents[0, 0].chunks)
+    return [
+        [contents[rank, stage].chunks[v] for rank in range(tp)] for v in range(virtual) for stage in range(pp)
+    ]
+
+
+def _num_blocks(foreign: Tensors, table: Names) -> int:
+    start = len(table.blocks)
+    numbers = {name[start:].partition(".")[0] for name in foreign.index if name.startswith(table.blocks)}
+    return len(numbers) if table.blocks else 0

@@ -1,0 +1,137 @@
+"""SAT checkpoints: torch.save files with a transformer under `module`, or an autoencoder under `state_dict`.
+
+Source: THUDM/CogVideo sat/, SwissArmyTransformer training/model_io.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cvx_core import FormatError
+from cvx_core.interfaces import Tensors
+from cvx_io.atomic import atomic_file, atomic_folder
+from cvx_io.regroup import listed
+from cvx_io.rename import IDENTITY, Names
+from cvx_io.tensors.archive import torch_archive
+from cvx_io.tensors.pickles import as_tensors, load_pickle
+from cvx_io.tensors.stored import Stored
+from cvx_plugins.formats import SATConfig
+
+LATEST = "latest"
+WEIGHTS = "mp_rank_00_model_states.pt"
+VAE = "3d-vae.pt"
+ADAPTER = (".matrix_A.", ".matrix_B.")
+
+
+class SAT:
+    """The `sat` format."""
+
+    def __init__(self, cfg: SATConfig):
+        self.tag, self.adapter = cfg.tag, cfg.lora
+
+    def accepts(self, path: Path) -> bool:
+        """Tell whether `path` is a transformer's folder, one of its tags, or a file that SAT wrote."""
+        if path.is_dir():
+            return any((path / name).is_file() for name in (LATEST, WEIGHTS, VAE))
+        return path.suffix in (".pt", ".pth") and path.is_file() and _holds(path) is not None
+
+    def open(self, path: Path, names: Names | None = None) -> Tensors:
+        """Return a checkpoint's weights; engine state beside them is left out.
+
+        Raises FormatError on a file with LoRA matrices, unless the config says to drop them: read as plain
+        weights it would be the untrained model.
+        """
+        file = self.file(path)
+        tree = load_pickle(file)
+        key = _weights_key(tree)
+        if key is None:
+            raise FormatError(
+                f"{file}: has neither 'module' nor 'state_dict', as SAT's files do. Check the path."
+            )
+        state = {name: value for name, value in tree[key].items() if isinstance(value, Stored)}
+        odd = dict.fromkeys(tree[key].keys() - state.keys(), "no tensor")
+        engine = dict.fromkeys(tree.keys() - {key}, "state of the training engine")
+        matrices = [name for name in state if any(mark in name for mark in ADAPTER)]
+        if matrices and self.adapter == "refuse":
+            raise FormatError(
+                f"{file}: carries LoRA weights, {len(matrices)} matrices, first {matrices[0]!r}. Convert "
+                "them with --to diffusers-lora, merge them with --merge-lora, or leave them out with "
+                "--set-from lora=drop."
+            )
+        dropped = {**odd, **engine, **dict.fromkeys(matrices, "LoRA, left out as asked")}
+        kept = as_tensors({name: value for name, value in state.items() if name not in dropped})
+        source = Tensors(kept.index, kept.load, dropped)
+        return (names or IDENTITY).read(source, str(file))
+
+    def write(
+        self,
+        path: Path,
+        tensors: Tensors,
+        names: Names | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a transformer's folder, its `latest` last, or one file where `path` ends in .pt.
+
+        Names without a prefix are an autoencoder's, which is one file in any case.
+        """
+        table = names or IDENTITY
+        foreign = table.write(tensors, str(path))
+        key = "module" if table.prefix else "state_dict"
+        if path.suffix == ".pt" or key == "state_dict":
+            file = path if path.suffix == ".pt" else path / VAE
+            with atomic_file(file) as partial:
+                _write(partial, foreign, key)
+            return
+        tag = self.tag or "1"
+        with atomic_folder(path, manifest=LATEST, stale=(f"{tag}/{WEIGHTS}",)) as partial:
+            (partial / tag).mkdir()
+            _write(partial / tag / WEIGHTS, foreign, key)
+            (partial / LATEST).write_text(tag, encoding="utf-8")
+
+    def file(self, path: Path) -> Path:
+        """Return the file to read. Raises FormatError where there is none, or a model-parallel one."""
+        if path.is_file():
+            return path
+        folder = path
+        if (path / LATEST).is_file() or self.tag is not None:
+            tag = self.tag or (path / LATEST).read_text(encoding="utf-8").strip()
+            if not tag or Path(tag).name != tag:
+                raise FormatError(f"{path / LATEST}: holds {tag!r}; expected the name of a folder beside it.")
+            folder = path / tag
+        elif (path / VAE).is_file():
+            return path / VAE
+        ranks = sorted(file.name for file in folder.glob("mp_rank_*_model_states.pt"))
+        if not ranks:
+            raise FormatError(f"{folder}: holds no {WEIGHTS}. Is the download complete?")
+        if ranks != [WEIGHTS]:
+            raise FormatError(
+                f"{folder}: holds {listed(ranks)}; model-parallel SAT checkpoints cannot be read. "
+                "Merge them with SAT first."
+            )
+        return folder / WEIGHTS
+
+
+def sat_format(cfg: SATConfig, _deps: Any) -> SAT:
+    """Build the format; it needs nothing else."""
+    return SAT(cfg)
+
+
+def _write(path: Path, foreign: Tensors, key: str) -> None:
+    with torch_archive(path, foreign.index, lambda state: {key: state}) as archive:
+        for name, tensor in foreign.read():
+            archive.write(name, tensor)
+
+
+def _weights_key(tree: Any) -> str | None:
+    if not isinstance(tree, Mapping):
+        return None
+    return next((key for key in ("module", "state_dict") if isinstance(tree.get(key), Mapping)), None)
+
+
+def _holds(path: Path) -> str | None:
+    try:
+        return _weights_key(load_pickle(path))
+    except FormatError:
+        return None
