@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import re
 import shutil
 import warnings
@@ -105,7 +106,7 @@ def restore(path: Path, state: dict[str, Any]) -> None:
             if not isinstance(cause, Exception):
                 raise cause from error
             raise FormatError(
-                f"{path}: cannot be read: {str(cause).splitlines()[0]} Resume from an earlier checkpoint."
+                f"{path}: cannot be read: {_reason(cause)}. Resume from an earlier checkpoint."
             ) from cause
 
 
@@ -140,9 +141,17 @@ class _PlainValues(dcp.DefaultLoadPlanner):
             torch.load(value, weights_only=True)
         except Exception as error:  # torch raises whatever the damage leads to
             name = read_item.dest_index.fqn
-            raise ValueError(f"{name!r} is no plain value: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{name!r} is no plain value: {_reason(error)}") from error
         value.seek(0)
         super().load_bytes(read_item, value)
+
+
+def _reason(error: Exception) -> str:
+    """Say why torch refused an archive; its own words advise to run whatever the archive holds."""
+    if isinstance(error, pickle.UnpicklingError):
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        return f"it asks for {named[1]!r}, which was not run" if named else "it holds more than plain values"
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
 
 
 def _info(place: Place) -> _StorageInfo:

@@ -95,7 +95,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     _refuse_foreign(tree, file)
     try:
         return _parsed(path, tree)
-    except (AttributeError, TypeError, ValueError, KeyError) as error:
+    except (AttributeError, TypeError, ValueError, LookupError) as error:
         raise FormatError(
             f"{file}: not the metadata of a distributed checkpoint: {error!r}. Copy or save it again."
         ) from error

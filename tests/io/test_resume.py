@@ -1,12 +1,18 @@
 """Training state on disk: whole or absent, newest wins, damage is named."""
 
 import json
+import os
+import pickle
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from cvx_core import FormatError
 from cvx_io import resume
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 def state(value):
@@ -95,3 +101,81 @@ def test_the_manifest_lists_every_file(tmp_path):
     path = save(tmp_path, 1)
     listed = set(json.loads((path / resume.MANIFEST).read_text())["files"])
     assert listed == {file.name for file in path.iterdir()} - {resume.MANIFEST}
+
+
+class Makes:
+    """Creates a folder when it is unpickled by the usual means."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("where", ["all", "entry", "planner"])
+def test_metadata_that_would_run_something_is_refused_and_does_not(tmp_path, where):
+    path, made = save(tmp_path, 1), tmp_path / "made"
+    content = pickle.loads((path / ".metadata").read_bytes())
+    if where == "entry":
+        content.state_dict_metadata["count"] = Makes(made)
+    elif where == "planner":
+        content.planner_data = Makes(made)
+    (path / ".metadata").write_bytes(pickle.dumps(Makes(made) if where == "all" else content))
+    with pytest.raises(FormatError, match=r"mkdir', which is no part of a torch checkpoint"):
+        resume.restore(path, state(0))
+    assert not made.exists()
+    pickle.loads((path / ".metadata").read_bytes())
+    assert made.exists()  # so torch's reader would have made it
+
+
+def test_a_value_that_would_run_something_is_refused_and_does_not(tmp_path):
+    made = tmp_path / "made"
+    path = resume.save(tmp_path, 1, {"model": {"w": torch.ones(3)}, "count": Makes(made)}, {}, 1)
+    with pytest.raises(FormatError, match=r"'count' is no plain value: it asks for '\w+\.mkdir'"):
+        resume.restore(path, state(0))
+    assert not made.exists()
+    dcp.load(state(0), checkpoint_id=path, no_dist=True)
+    assert made.exists()  # so torch would have made it
+
+
+def test_a_chunk_that_would_run_something_is_refused_and_does_not(tmp_path):
+    path, made = save(tmp_path, 1), tmp_path / "made"
+    [data] = path.glob("*.distcp")
+    start = data.stat().st_size
+    with data.open("ab") as file:
+        torch.save(Makes(made), file)
+    content = pickle.loads((path / ".metadata").read_bytes())
+    place = content.storage_data[MetadataIndex("model.w", (0,))]
+    place.offset, place.length = start, data.stat().st_size - start
+    (path / ".metadata").write_bytes(pickle.dumps(content))
+    with pytest.raises(FormatError, match=r"cannot be read: it asks for '\w+\.mkdir', which was not run"):
+        resume.restore(path, state(0))
+    assert not made.exists()
+
+
+def test_a_chunk_that_is_damaged_is_an_error_of_the_file(tmp_path):
+    path = save(tmp_path, 1)
+    [data] = path.glob("*.distcp")
+    data.write_bytes(bytes(data.stat().st_size))
+    with pytest.raises(FormatError, match=r"step-00000001: cannot be read"):
+        resume.restore(path, state(0))
+
+
+def test_a_folder_cut_short_is_named_before_anything_is_read(tmp_path):
+    path, untouched = save(tmp_path, 1), state(0)
+    [data] = path.glob("*.distcp")
+    os.truncate(data, data.stat().st_size - 1)
+    with pytest.raises(FormatError, match=r"distcp: was cut short"):
+        resume.restore(path, untouched)
+    assert torch.equal(untouched["model"]["w"], torch.zeros(3))
+
+
+def test_an_interruption_while_reading_passes_through(tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    path = save(tmp_path, 1)
+    monkeypatch.setattr(resume.dcp.FileSystemReader, "read_data", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        resume.restore(path, state(0))
