@@ -161,7 +161,7 @@ def save(result: Comparison, size: Size, folder: Path = RESULTS) -> Path:
         "size": size,
         "command": f"python -m benchmarks {' '.join(sys.argv[1:])}",
         "hardware": hardware(result.device),
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        "versions": versions(),
         **{k: v for k, v in asdict(result).items() if k != "name"},
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,6 +181,11 @@ def hardware(device: str) -> dict[str, Any]:
     if torch.device(device).type != "cpu":
         info["accelerator"] = torch.get_device_module(device).get_device_name()
     return info
+
+
+def versions() -> dict[str, str | None]:
+    """Return what the measurement ran with; None for what is not installed."""
+    return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
 
 
 def _timed(step: Step, device: str) -> tuple[float, float]:
