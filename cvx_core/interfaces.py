@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from cvx_core.errors import FormatError, did_you_mean
@@ -109,6 +110,19 @@ class Tensors:
             if name not in self.index:
                 raise FormatError(f"no tensor {name!r}.{did_you_mean(name, self.index)}")
             yield name, self.load(name)
+
+
+class Inferred(NamedTuple):
+    """What tensors tell about the model they are the weights of.
+
+    fields: config fields that follow from them; assumed: {field: (value, what it is)}, usual values of what
+    they leave open, which change no weight; unknown: {field: why} that has to be stated before anything can
+    be written that depends on it.
+    """
+
+    fields: Mapping[str, Any]
+    assumed: Mapping[str, tuple[Any, str]] = MappingProxyType({})
+    unknown: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,27 @@ def atomic_folder(path: Path, manifest: str, stale: Sequence[str] = ()) -> Itera
     _sync(path.parent)
 
 
+@contextmanager
+def replaced_on_success(path: Path) -> Iterator[None]:
+    """Put what is at `path` aside while it is written anew; it comes back on an exception, else it goes.
+
+    A killed process leaves it under its temporary name, which ends in .old.
+    """
+    aside = _partial(path).with_suffix(".old")
+    existed = os.path.lexists(path)
+    if existed:
+        path.rename(aside)
+    try:
+        yield
+    except BaseException:
+        if existed:
+            _remove(path)
+            aside.rename(path)
+        raise
+    if existed:
+        _remove(aside)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_file(path) as partial:
@@ -98,6 +119,13 @@ def _move_into(partial: Path, path: Path, manifest: str, stale: Sequence[str]) -
             item.replace(target)
     for folder in [item for item in path.rglob("*") if item.is_dir()]:
         _sync(folder)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _partial(path: Path) -> Path:

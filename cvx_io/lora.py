@@ -25,6 +25,7 @@ from cvx_io.lora_state import (
     origins_of,
     stating,
     with_alpha,
+    without_alpha,
 )
 from cvx_io.regroup import at, listed, nearest
 from cvx_io.tensors.dtypes import is_float
@@ -46,6 +47,7 @@ __all__ = [
     "stating",
     "unfuse",
     "with_alpha",
+    "without_alpha",
 ]
 
 

@@ -11,6 +11,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -88,12 +89,12 @@ def alphas_of(tensors: Tensors) -> dict[str, float]:
 
 
 def stating(tensors: Tensors, alphas: Mapping[str, float], where: str = "") -> Tensors:
-    """Return the tensors with the alphas given beside those they state, all as float32 scalars.
+    """Return the tensors with the alphas given, {module: alpha}, beside those they state, as float32 scalars.
 
     Raises FormatError as `modules` does, on two alphas for one module, and on one that is not finite.
     """
     shapes, stated = modules(tensors, where), alphas_of(tensors)
-    given = {module: single(alpha) for module, alpha in alphas.items() if module in shapes}
+    given = {module: single(alpha) for module, alpha in alphas.items()}
     for module in given.keys() & stated.keys():
         if given[module] != stated[module]:
             raise FormatError(
@@ -127,6 +128,12 @@ def with_alpha(tensors: Tensors, alpha: float | None, where: str = "") -> Tensor
             "config; diffusers and PEFT take alpha for lora_alpha, and the rank where it is not stated."
         )
     return found
+
+
+def without_alpha(tensors: Tensors) -> Tensors:
+    """Return the matrices alone, for files that have no place for an alpha."""
+    index = {name: info for name, info in tensors.index.items() if not name.endswith(ALPHA)}
+    return replace(tensors, index=index)
 
 
 def assembled(tensors: Tensors, made: Mapping[str, Made | None]) -> Tensors:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -24,6 +24,14 @@ _FIELD_PATTERNS = {"i": r"\d+", "j": r"\d+", "k": r"\d+", "rest": r".+"}
 
 Split = Literal["column", "row", "per_part"]
 """How tensor-parallel ranks share a foreign tensor: chunks of dim 0, of dim 1, or of dim 0 of each part."""
+
+
+class NamesError(FormatError):
+    """Names that a table has no rule for. unmatched: how many."""
+
+    def __init__(self, unmatched: int, message: str):
+        super().__init__(message)
+        self.unmatched = unmatched
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,8 @@ class Names:
     the same file and is left out. blocks: what the foreign names of numbered blocks start with, the number
     next; last: what the foreign names behind the blocks start with; both are for formats that store pipeline
     stages apart. keeps: canonical names of tables the model computes itself, which files of this format may
-    hold; insists: those they must hold. Raises PluginError on a rule that cannot be reversed.
+    hold; insists: those they must hold; fused: {module: modules} of LoRA weights that one adapter changes
+    together. Raises PluginError on a rule that cannot be reversed.
     """
 
     rules: Sequence[Rule]
@@ -112,6 +121,7 @@ class Names:
     last: Sequence[str] = ()
     keeps: Collection[str] = ()
     insists: Collection[str] = ()
+    fused: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for rule in self.rules:
@@ -138,7 +148,8 @@ class Names:
         _refuse(unmatched, [self.prefix + rule.foreign for rule in self.rules], where)
         if dropped and not steps:
             name, reason = next(iter(dropped.items()))
-            raise FormatError(f"{at(where)}holds nothing of this model; {name!r}: {reason}. Check the path.")
+            text = f"{at(where)}holds nothing of this model; {name!r}: {reason}. Check the path."
+            raise NamesError(len(dropped), text)
         return Renaming(_grouped(steps, where), dropped)
 
     def plan_reverse(self, canonical: Iterable[str], where: str = "") -> Renaming:
@@ -156,12 +167,6 @@ class Names:
     def write(self, tensors: Tensors, where: str = "") -> Tensors:
         """Return canonical tensors under foreign names. Raises FormatError as plan_reverse does."""
         return self.plan_reverse(tensors.index, where).tensors(tensors)
-
-    def fit(self, foreign: Iterable[str]) -> float:
-        """Return the share of names that a rule keeps, to tell which family a file is of."""
-        names = list(foreign)
-        kept = sum(isinstance(self._find(name), Step) for name in names if name.startswith(self.prefix))
-        return kept / max(len(names), 1)
 
     def split_of(self, foreign: str) -> tuple[Split | None, int]:
         """Return how tensor-parallel ranks share a foreign tensor, and the number of parts it consists of."""
@@ -212,9 +217,10 @@ class Names:
 
 def _refuse(unmatched: list[str], templates: list[str], where: str) -> None:
     if unmatched:
-        raise FormatError(
+        raise NamesError(
+            len(unmatched),
             f"{at(where)}no rule matches {len(unmatched)} of the names: {listed(unmatched)}."
-            f"{nearest(unmatched[0], templates, 'rule')} Wrong model or format, or a newer export?"
+            f"{nearest(unmatched[0], templates, 'rule')} Wrong model or format, or a newer export?",
         )
 
 

@@ -34,7 +34,15 @@ def load_pickle(path: Path, start: int = 0, length: int | None = None) -> Any:
         try:
             with zipfile.ZipFile(part) as archive:
                 return _Archive(path, start, file, archive).content()
-        except (zipfile.BadZipFile, EOFError, OSError, KeyError, struct.error, NotImplementedError) as error:
+        except (
+            zipfile.BadZipFile,
+            EOFError,
+            OSError,
+            KeyError,
+            ValueError,
+            struct.error,
+            NotImplementedError,
+        ) as error:
             raise FormatError(_damaged(path, file, error)) from error
 
 

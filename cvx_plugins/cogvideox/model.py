@@ -7,7 +7,7 @@ the names they have in diffusers' CogVideoXTransformer3DModel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cvx_core.interfaces import Condition, Tokens
+from cvx_plugins.cogvideox.names import FREQUENCIES, POSITIONS
 from cvx_plugins.cogvideox.positions import Grid, Rope, Tables, for_text_too, rotate, sinusoid
 from cvx_plugins.cogvideox.predictor_config import CogVideoXConfig
 
@@ -59,6 +60,12 @@ class CogVideoX(nn.Module):
         self.proj_out = nn.Linear(cfg.width, cfg.latent_channels * (cfg.patch_t or 1) * cfg.patch**2)
         self.split: Callable[[Tokens], Tokens] = whole
         self.join: Callable[[Tokens], Tokens] = whole
+
+    @property
+    def aliases(self) -> Mapping[str, None]:
+        """Tables that the model computes, and that files may hold."""
+        fixed = [POSITIONS] if self.cfg.positions == "sincos" else []
+        return dict.fromkeys((*fixed, *FREQUENCIES))
 
     @property
     def blocks(self) -> nn.ModuleDict:

@@ -125,10 +125,54 @@ VAE_SAT = Names(
 )
 
 
+FUSED = {f"{BLOCK}.attn1.to_qkv": [f"{BLOCK}.attn1.to_{x}" for x in "qkv"]}
+"""The one layer that Megatron fuses and adapts, by our names."""
+
+_ATTENTION, _OURS = f"{_LAYER}.attention", f"{BLOCK}.attn1"
+
+SAT_LORA = Names(
+    prefix="model.diffusion_model.",
+    rules=(
+        *(
+            Rename(f"{_ATTENTION}.query_key_value.matrix_{m}.{number}", f"{_OURS}.to_{x}.lora_{m}.weight")
+            for m in "AB"
+            for number, x in enumerate("qkv")
+        ),
+        *(Rename(f"{_ATTENTION}.dense.matrix_{m}.0", f"{_OURS}.to_out.0.lora_{m}.weight") for m in "AB"),
+        Drop("{rest}", "a weight of the base model, not of the LoRA"),
+    ),
+)
+
+_QKV, _OUT = f"{_MM}.self_atten.proj_qkv", f"{_MM}.self_atten.proj_out"
+_UP_LAYER, _DOWN_LAYER = "ff.net.0.proj", "ff.net.2"
+
+MEGATRON_LORA = Names(
+    blocks="videodit_blocks.",
+    fused=FUSED,
+    rules=(
+        Drop("{rest}._extra_state", "state of a module, no weight"),
+        Rename(f"{_QKV}.lora_A.default.weight", f"{_OURS}.to_qkv.lora_A.weight"),
+        Chunks(
+            f"{_QKV}.lora_B.default.weight", 3, {f"{_OURS}.to_qkv.lora_B.weight": (0, 1, 2)}, tp="per_part"
+        ),
+        Rename(f"{_OUT}.lora_A.default.weight", f"{_OURS}.to_out.0.lora_A.weight", tp="row"),
+        Rename(f"{_OUT}.lora_B.default.weight", f"{_OURS}.to_out.0.lora_B.weight"),
+        Rename(f"{_MM}.{_UP_LAYER}.lora_A.default.weight", f"{BLOCK}.{_UP_LAYER}.lora_A.weight"),
+        Rename(f"{_MM}.{_UP_LAYER}.lora_B.default.weight", f"{BLOCK}.{_UP_LAYER}.lora_B.weight", tp="column"),
+        Rename(
+            f"{_MM}.{_DOWN_LAYER}.lora_A.default.weight", f"{BLOCK}.{_DOWN_LAYER}.lora_A.weight", tp="row"
+        ),
+        Rename(f"{_MM}.{_DOWN_LAYER}.lora_B.default.weight", f"{BLOCK}.{_DOWN_LAYER}.lora_B.weight"),
+    ),
+)
+
+
 def names_components() -> Iterable[Component]:
     """Yield the tables; LayerZero shards hold Megatron names."""
     here = "cvx_plugins.cogvideox.names:"
     yield Component("names", "cogvideox:sat", None, f"{here}SAT")
     yield Component("names", "cogvideox:megatron", None, f"{here}MEGATRON")
     yield Component("names", "cogvideox:layerzero", None, f"{here}MEGATRON")
+    yield Component("names", "cogvideox:sat-lora", None, f"{here}SAT_LORA")
+    yield Component("names", "cogvideox:megatron-lora", None, f"{here}MEGATRON_LORA")
     yield Component("names", "cogvideox-vae:sat", None, f"{here}VAE_SAT")

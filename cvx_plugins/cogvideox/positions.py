@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cvx_plugins.cogvideox.names import FREQUENCIES, POSITIONS
 from cvx_plugins.cogvideox.predictor_config import CogVideoXConfig
 
 Grid = tuple[int, int, int]
@@ -63,6 +64,34 @@ class Tables:
         return self._made[key]
 
 
+def stored_tables(cfg: CogVideoXConfig) -> dict[str, Callable[[], Tensor]]:
+    """Return what files of other worlds hold of a model's tables, over its sample grid, float32, by name.
+
+    1.0 with fixed positions: the table with zero rows for the text, (1,L+S,D). 1.0 with rotary positions:
+    cosines and sines (S,K), without the signs that `rotate` wants. 1.5: nothing.
+    """
+    if cfg.positions == "sincos":
+        return {POSITIONS: lambda: _with_text(cfg)}
+    if cfg.patch_t is not None:
+        return {}
+    sin, cos = FREQUENCIES
+    return {
+        sin: lambda: _unsigned(rope_table(own_coordinates(cfg.sample_grid), cfg.head_dim)[1]),
+        cos: lambda: rope_table(own_coordinates(cfg.sample_grid), cfg.head_dim)[0],
+    }
+
+
+def _with_text(cfg: CogVideoXConfig) -> Tensor:
+    scales = (cfg.spatial_interpolation_scale, cfg.temporal_interpolation_scale)
+    table = sincos_table(cfg.sample_grid, cfg.width, *scales)
+    return F.pad(table, (0, 0, cfg.text_length, 0))[None]
+
+
+def _unsigned(sin: Tensor) -> Tensor:
+    """Undo the minus that a rotary table has at even features."""
+    return sin * sin.new_tensor([-1.0, 1.0]).repeat(sin.shape[-1] // 2)
+
+
 def sinusoid(timestep: Tensor, width: int) -> Tensor:
     """Return cosines, then sines, of timestep (B,) at width/2 frequencies: (B,width) float32.
 
@@ -89,11 +118,12 @@ def sincos_table(
 ) -> Tensor:
     """Return the table (S,width) float32 of a grid: a quarter is time, then columns, then rows.
 
-    A position is divided by its scale. width: a multiple of 16. Computed in float64.
+    A position is divided by its scale in float32, as the original does; the rest is computed in float64.
+    width: a multiple of 16.
     """
     widths, scales = (width // 4, width // 8 * 3, width // 8 * 3), (time_scale, spatial_scale, spatial_scale)
     frames, rows, columns = (
-        _sincos(torch.arange(count, dtype=torch.float64, device="cpu") / scale, part).to(device)
+        _sincos((torch.arange(count, dtype=torch.float32, device="cpu") / scale).double(), part).to(device)
         for count, part, scale in zip(grid, widths, scales, strict=True)
     )
     return _spread(grid, ((0, frames), (2, columns), (1, rows)))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from cvx_core import Card, Component, Config, Plan
 from cvx_core.config import Positive
-from cvx_plugins.cogvideox import diffusers_config
+from cvx_core.interfaces import Inferred, Tensors
+from cvx_plugins.cogvideox import diffusers_config, infer
 from cvx_plugins.cogvideox.presets import PRESETS, SUMMARIES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TARGET = "cvx_plugins.cogvideox.model:build"
 VAE_STRIDE = 8
@@ -154,6 +158,27 @@ class CogVideoXConfig(Config):
             if found.is_like(cls(**preset)):
                 return {"use": name, "out_norm_eps": found.out_norm_eps}
         return {"use": "cogvideox", **found.model_dump(exclude_defaults=True)}
+
+    @classmethod
+    def infer(cls, tensors: Tensors) -> Inferred | None:
+        """Return the fields, with `use`, of the model these are the weights of; None if they are not ours.
+
+        A release is named by its preset, of which nothing is left open.
+        """
+        found = infer.predictor(tensors)
+        if found is None:
+            return None
+        for name, preset in PRESETS.items():
+            release = cls(**preset)
+            if all(getattr(release, field) == value for field, value in found.fields.items()):
+                return Inferred({"use": name})
+        return found._replace(fields={"use": "cogvideox", **found.fields})
+
+    def computed(self) -> Mapping[str, Callable[[], Tensor]]:
+        """Return the tables that the model computes and some files hold, by canonical name; float32."""
+        from cvx_plugins.cogvideox import positions
+
+        return positions.stored_tables(self)
 
     def describe(self) -> Mapping[str, Any]:
         """Return diffusers' config.json of this model."""

@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 
 from cvx_core import Component, Config, FormatError
 from cvx_core.config import Positive
+from cvx_core.interfaces import Inferred, Tensors
+from cvx_plugins.cogvideox import infer
 
 Overlap = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -153,6 +155,12 @@ class CogVideoXVAEConfig(Config):
         fields.setdefault("scale_factor", 1.15258426)
         fields["temporal_compression"] = int(fields.get("temporal_compression", 4))
         return {"use": cls.family, **fields, **foreign.get("_cvx", {})}
+
+    @classmethod
+    def infer(cls, tensors: Tensors) -> Inferred | None:
+        """Return the fields, with `use`, of the model these are the weights of; None if they are not ours."""
+        found = infer.autoencoder(tensors)
+        return found and found._replace(fields={"use": cls.family, **found.fields})
 
     def describe(self) -> Mapping[str, Any]:
         """Return the Diffusers config of this model. Raises FormatError where Diffusers cannot express it."""

@@ -15,6 +15,10 @@ from cvx_plugins.formats import pipeline
 class HFConfig(Config):
     """A folder with config.json and safetensors (whole or in shards), or one .safetensors file."""
 
+    keeps_config: ClassVar[bool] = True
+    needs_config: ClassVar[bool] = True
+    lora_format: ClassVar[str] = "diffusers-lora"
+
     canonical: ClassVar[bool] = True  # names in the files are ours, unless a names table says otherwise
 
     path: InputPath | None = None
@@ -34,6 +38,8 @@ class HFConfig(Config):
 class DCPConfig(Config):
     """A torch distributed checkpoint: a folder with .metadata and .distcp files, of FSDP or of a run here."""
 
+    keeps_config: ClassVar[bool] = True
+
     canonical: ClassVar[bool] = True  # names in the files are ours, unless a names table says otherwise
 
     path: InputPath | None = None
@@ -46,6 +52,8 @@ class DCPConfig(Config):
 class SATConfig(Config):
     """A SAT transformer folder with `latest`, or one .pt file, as CogVideo's original code has them."""
 
+    lora_format: ClassVar[str] = "sat-lora"
+
     path: InputPath | None = None
     """The folder or the file. Needed to read."""
     tag: str | None = None
@@ -56,6 +64,8 @@ class SATConfig(Config):
 
 class MegatronConfig(Config):
     """A Megatron tree of MindSpeed-MM, split over tensor-parallel ranks and pipeline stages."""
+
+    lora_format: ClassVar[str] = "megatron-lora"
 
     path: InputPath | None = None
     """The folder with the tracker, the folder of an iteration, or a merged file. Needed to read."""
@@ -91,6 +101,18 @@ class MegatronConfig(Config):
             legal = [n for n in range(1, plan.num_heads + 1) if plan.num_heads % n == 0]
             return f"tp={self.tp} does not divide the model's {plan.num_heads} heads. Choose one of {legal}."
         return None
+
+
+class SATLoraConfig(SATConfig):
+    """The LoRA matrices in a SAT checkpoint, whatever else it holds."""
+
+    holds: ClassVar[str] = "lora"
+
+
+class MegatronLoraConfig(MegatronConfig):
+    """A LoRA checkpoint of MindSpeed-MM."""
+
+    holds: ClassVar[str] = "lora"
 
 
 class LayerZeroConfig(Config):
@@ -133,6 +155,20 @@ def cvx_components() -> Iterable[Component]:
         MegatronConfig,
         "cvx_plugins.formats.megatron:megatron_format",
         summary="MindSpeed-MM trees: mp_rank folders, tp and pp",
+    )
+    yield Component(
+        "format",
+        "sat-lora",
+        SATLoraConfig,
+        "cvx_plugins.formats.sat:sat_lora_format",
+        summary="LoRA matrices of a SAT fine-tune",
+    )
+    yield Component(
+        "format",
+        "megatron-lora",
+        MegatronLoraConfig,
+        "cvx_plugins.formats.megatron_lora:megatron_lora_format",
+        summary="LoRA checkpoints of MindSpeed-MM",
     )
     yield Component(
         "format",

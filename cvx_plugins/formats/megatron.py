@@ -9,12 +9,14 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cvx_core import FormatError
 from cvx_core.interfaces import Tensors
 from cvx_io.atomic import atomic_file, atomic_folder
 from cvx_io.layout import Grid, Part, Rank, assemble, split, split_info, stages_of
+from cvx_io.lora import is_lora
 from cvx_io.rename import IDENTITY, Names
 from cvx_io.tensors.archive import Archive, torch_archive
 from cvx_io.tensors.pickles import load_pickle
@@ -25,6 +27,8 @@ from cvx_plugins.formats import MegatronConfig
 TRACKER = "latest_checkpointed_iteration.txt"
 TRACKERS = (TRACKER, "latest_checkpointed_iterations.txt")
 """The name that code reads and writes, and one that only a guide has."""
+LORA = "lora"
+"""Where our own LoRA files state rank and alpha, which MindSpeed-MM has in `args`."""
 WEIGHTS = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 _CHUNK = re.compile(r"model(\d*)")
@@ -34,14 +38,15 @@ Sizes = Sequence[Sequence[int]]
 class Megatron:
     """The `megatron` format, as MindSpeed-MM reads and writes it."""
 
-    def __init__(self, cfg: MegatronConfig):
-        self.cfg = cfg
+    def __init__(self, cfg: MegatronConfig, extra: Mapping[str, Any] = MappingProxyType({})):
+        self.cfg, self.extra = cfg, extra
 
     def accepts(self, path: Path) -> bool:
         """Tell whether `path` is a tree, an iteration in it, one of its files, or a merged file."""
         if path.is_dir():
-            is_root = any((path / name).is_file() for name in TRACKERS)
-            return is_root or any(_RANK.fullmatch(file.parent.name) for file in _files(path))
+            if not any((path / name).is_file() for name in TRACKERS) and not _files(path):
+                return False
+            return not is_lora(names_in(path))
         if path.suffix not in (".pt", ".pth") or not path.is_file():
             return False
         try:
@@ -51,7 +56,7 @@ class Megatron:
         if not isinstance(tree, Mapping) or {"module", "state_dict", "shard_state_dict"} & tree.keys():
             return False
         is_bare = bool(tree) and all(isinstance(value, Stored) for value in tree.values())
-        return is_bare or bool(_chunks(tree))
+        return (is_bare or bool(_chunks(tree))) and not is_lora(names_in(path))
 
     def open(self, path: Path, names: Names | None = None) -> Tensors:
         """Return a checkpoint's weights whole; the facts hold what its `args` state, as plain values.
@@ -151,12 +156,21 @@ class Megatron:
             content["checkpoint_version"] = 3.0
         if self.cfg.iteration is not None:
             content["iteration"] = self.cfg.iteration
-        return content
+        return {**content, **self.extra}
 
 
 def megatron_format(cfg: MegatronConfig, _deps: Any) -> Megatron:
     """Build the format; it needs nothing else."""
     return Megatron(cfg)
+
+
+def names_in(path: Path) -> list[str]:
+    """Return the names in one file of a checkpoint, to tell its kind; none where it cannot be read."""
+    try:
+        file = path if path.is_file() else _files(_iteration(path))[0]
+        return [name for chunk in _Content.of(file).chunks for name in chunk]
+    except FormatError:
+        return []
 
 
 class _Content:
@@ -176,7 +190,7 @@ class _Content:
         for model in models.values():
             tensors = {name: value for name, value in model.items() if isinstance(value, Stored)}
             dropped |= {
-                name: f"no tensor, but {type(model[name]).__name__}" for name in model.keys() - tensors.keys()
+                name: f"no tensor, but {type(model[name]).__name__}" for name in model if name not in tensors
             }
             prefix = "predictor." if all(name.startswith("predictor.") for name in tensors) else ""
             chunks.append({name.removeprefix(prefix): Part(t.info, t.load) for name, t in tensors.items()})
@@ -198,11 +212,11 @@ def _chunks(tree: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _facts(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return plain values of `args`, and what our own LoRA files state in its place."""
     args = tree.get("args")
-    if not isinstance(args, Inert):
-        return {}
+    stated = {**(vars(args) if isinstance(args, Inert) else {}), **(tree.get(LORA) or {})}
     plain = (int, float, str, bool, type(None))
-    return {"args": {name: value for name, value in vars(args).items() if isinstance(value, plain)}}
+    return {"args": {name: value for name, value in stated.items() if isinstance(value, plain)}}
 
 
 def _files(folder: Path) -> list[Path]:

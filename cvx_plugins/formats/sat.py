@@ -6,12 +6,15 @@ Source: THUDM/CogVideo sat/, SwissArmyTransformer training/model_io.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cvx_core import FormatError
 from cvx_core.interfaces import Tensors
 from cvx_io.atomic import atomic_file, atomic_folder
+from cvx_io.lora import alphas_of, modules, stating, without_alpha
 from cvx_io.regroup import listed
 from cvx_io.rename import IDENTITY, Names
 from cvx_io.tensors.archive import torch_archive
@@ -22,6 +25,8 @@ from cvx_plugins.formats import SATConfig
 LATEST = "latest"
 WEIGHTS = "mp_rank_00_model_states.pt"
 VAE = "3d-vae.pt"
+ALPHA = "lora_alpha"
+"""Where our own files state the alpha of their LoRA matrices; SAT has it in its config."""
 ADAPTER = (".matrix_A.", ".matrix_B.")
 
 
@@ -34,8 +39,10 @@ class SAT:
     def accepts(self, path: Path) -> bool:
         """Tell whether `path` is a transformer's folder, one of its tags, or a file that SAT wrote."""
         if path.is_dir():
-            return any((path / name).is_file() for name in (LATEST, WEIGHTS, VAE))
-        return path.suffix in (".pt", ".pth") and path.is_file() and _holds(path) is not None
+            if not any((path / name).is_file() for name in (LATEST, WEIGHTS, VAE)):
+                return False
+            return not _is_adapter(self.file(path))
+        return path.suffix in (".pt", ".pth") and path.is_file() and _is_adapter(path) is False
 
     def open(self, path: Path, names: Names | None = None) -> Tensors:
         """Return a checkpoint's weights; engine state beside them is left out.
@@ -44,26 +51,17 @@ class SAT:
         weights it would be the untrained model.
         """
         file = self.file(path)
-        tree = load_pickle(file)
-        key = _weights_key(tree)
-        if key is None:
-            raise FormatError(
-                f"{file}: has neither 'module' nor 'state_dict', as SAT's files do. Check the path."
-            )
-        state = {name: value for name, value in tree[key].items() if isinstance(value, Stored)}
-        odd = dict.fromkeys(tree[key].keys() - state.keys(), "no tensor")
-        engine = dict.fromkeys(tree.keys() - {key}, "state of the training engine")
-        matrices = [name for name in state if any(mark in name for mark in ADAPTER)]
+        source = read_state(file)
+        matrices = [name for name in source.index if any(mark in name for mark in ADAPTER)]
         if matrices and self.adapter == "refuse":
             raise FormatError(
                 f"{file}: carries LoRA weights, {len(matrices)} matrices, first {matrices[0]!r}. Convert "
                 "them with --to diffusers-lora, merge them with --merge-lora, or leave them out with "
                 "--set-from lora=drop."
             )
-        dropped = {**odd, **engine, **dict.fromkeys(matrices, "LoRA, left out as asked")}
-        kept = as_tensors({name: value for name, value in state.items() if name not in dropped})
-        source = Tensors(kept.index, kept.load, dropped)
-        return (names or IDENTITY).read(source, str(file))
+        index = {name: info for name, info in source.index.items() if name not in set(matrices)}
+        dropped = {**source.dropped, **dict.fromkeys(matrices, "LoRA, left out as asked")}
+        return (names or IDENTITY).read(replace(source, index=index, dropped=dropped), str(file))
 
     def write(
         self,
@@ -82,12 +80,12 @@ class SAT:
         if path.suffix == ".pt" or key == "state_dict":
             file = path if path.suffix == ".pt" else path / VAE
             with atomic_file(file) as partial:
-                _write(partial, foreign, key)
+                write_state(partial, foreign, key)
             return
         tag = self.tag or "1"
         with atomic_folder(path, manifest=LATEST, stale=(f"{tag}/{WEIGHTS}",)) as partial:
             (partial / tag).mkdir()
-            _write(partial / tag / WEIGHTS, foreign, key)
+            write_state(partial / tag / WEIGHTS, foreign, key)
             (partial / LATEST).write_text(tag, encoding="utf-8")
 
     def file(self, path: Path) -> Path:
@@ -118,8 +116,26 @@ def sat_format(cfg: SATConfig, _deps: Any) -> SAT:
     return SAT(cfg)
 
 
-def _write(path: Path, foreign: Tensors, key: str) -> None:
-    with torch_archive(path, foreign.index, lambda state: {key: state}) as archive:
+def read_state(file: Path) -> Tensors:
+    """Return every tensor of a file under its own name; the facts hold what our own files add."""
+    tree = load_pickle(file)
+    key = _weights_key(tree)
+    if key is None:
+        raise FormatError(
+            f"{file}: has neither 'module' nor 'state_dict', as SAT's files do. Check the path."
+        )
+    state = {name: value for name, value in tree[key].items() if isinstance(value, Stored)}
+    odd = dict.fromkeys(tree[key].keys() - state.keys(), "no tensor")
+    engine = dict.fromkeys(tree.keys() - {key, ALPHA}, "state of the training engine")
+    facts = {name: tree[name] for name in (ALPHA,) if name in tree}
+    return replace(as_tensors(state), dropped={**odd, **engine}, facts=facts)
+
+
+def write_state(
+    path: Path, foreign: Tensors, key: str, extra: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Write one file with tensors under `key`."""
+    with torch_archive(path, foreign.index, lambda state: {key: state, **extra}) as archive:
         for name, tensor in foreign.read():
             archive.write(name, tensor)
 
@@ -130,8 +146,63 @@ def _weights_key(tree: Any) -> str | None:
     return next((key for key in ("module", "state_dict") if isinstance(tree.get(key), Mapping)), None)
 
 
-def _holds(path: Path) -> str | None:
+def _is_adapter(path: Path) -> bool | None:
+    """Tell whether a file holds LoRA matrices and nothing else; None where SAT did not write it."""
     try:
-        return _weights_key(load_pickle(path))
+        tree = load_pickle(path)
     except FormatError:
         return None
+    key = _weights_key(tree)
+    if key is None:
+        return None
+    return bool(tree[key]) and all(any(mark in name for mark in ADAPTER) for name in tree[key])
+
+
+class SATLora(SAT):
+    """The `sat-lora` format: the LoRA matrices of a checkpoint, whatever else is in it."""
+
+    def accepts(self, path: Path) -> bool:
+        """Tell whether `path` holds LoRA matrices alone; with base weights beside them it is `sat`."""
+        try:
+            return bool(_is_adapter(self.file(path)))
+        except (FormatError, OSError):
+            return False
+
+    def open(self, path: Path, names: Names | None = None) -> Tensors:
+        """Return the matrices, with alphas where the file states them; SAT's own do not."""
+        file = self.file(path)
+        found = (names or IDENTITY).read(read_state(file), str(file))
+        alpha = found.facts.get(ALPHA)
+        return found if alpha is None else stating(found, dict.fromkeys(modules(found), alpha), str(file))
+
+    def write(
+        self,
+        path: Path,
+        tensors: Tensors,
+        names: Names | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the matrices alone. Raises FormatError where ranks or alphas differ: SAT has one of each."""
+        alphas, ranks = alphas_of(tensors), {shape.rank for shape in modules(tensors).values()}
+        if len(ranks) != 1 or len(set(alphas.values())) != 1:
+            raise FormatError(
+                f"{path}: ranks {sorted(ranks)} and alphas {sorted(set(alphas.values()))}; SAT has one "
+                "of each for all layers. Merge the LoRA into its base with --merge-lora instead."
+            )
+        matrices = without_alpha(tensors)
+        foreign = (names or IDENTITY).write(matrices, str(path))
+        extra = {ALPHA: next(iter(alphas.values()))}
+        if path.suffix == ".pt":
+            with atomic_file(path) as partial:
+                write_state(partial, foreign, "module", extra)
+            return
+        tag = self.tag or "1"
+        with atomic_folder(path, manifest=LATEST, stale=(f"{tag}/{WEIGHTS}",)) as partial:
+            (partial / tag).mkdir()
+            write_state(partial / tag / WEIGHTS, foreign, "module", extra)
+            (partial / LATEST).write_text(tag, encoding="utf-8")
+
+
+def sat_lora_format(cfg: SATConfig, _deps: Any) -> SATLora:
+    """Build the format; it needs nothing else."""
+    return SATLora(cfg)

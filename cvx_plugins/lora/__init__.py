@@ -12,6 +12,7 @@ from cvx_core.config import InputPath
 class LoraFileConfig(Config):
     """LoRA weights with an alpha for every module; a file that states none needs one to be given."""
 
+    holds: ClassVar[str] = "lora"
     canonical: ClassVar[bool] = True  # modules have our names, behind what each layout puts before them
 
     path: InputPath | None = None

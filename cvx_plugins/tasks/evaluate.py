@@ -15,9 +15,9 @@ from cvx_core.interfaces import Batch, Deps, Parts
 from cvx_core.random import keyed
 from cvx_core.spec import Spec
 from cvx_io.atomic import write_json
+from cvx_io.progress import progress
 from cvx_plugins.tasks import EvaluateConfig
 from cvx_plugins.tasks.encode import Encoder
-from cvx_plugins.tasks.progress import progress
 from cvx_plugins.tasks.rows import make_loader
 from cvx_plugins.tasks.train import prediction_loss
 

@@ -23,8 +23,8 @@ from cvx_io import resume
 from cvx_io.atomic import write_text
 from cvx_io.loader import Cursor, Loader
 from cvx_io.log import RunLog
+from cvx_io.progress import progress
 from cvx_plugins.tasks import LoopConfig
-from cvx_plugins.tasks.progress import progress
 from cvx_plugins.tasks.schedule import lr_scale
 
 log = logging.getLogger("cvx")

@@ -20,12 +20,12 @@ from cvx_core.errors import CvxError, FormatError
 from cvx_core.interfaces import Condition, Deps, Parts, Row
 from cvx_core.spec import Spec
 from cvx_io.atomic import atomic_file, write_json, write_text
+from cvx_io.progress import progress
 from cvx_io.video import read_image
 from cvx_io.video_write import to_uint8, write_gif, write_mp4, write_sheet
 from cvx_plugins.tasks import SampleConfig
 from cvx_plugins.tasks.denoise import denoise
 from cvx_plugins.tasks.encode import image_condition
-from cvx_plugins.tasks.progress import progress
 
 log = logging.getLogger("cvx")
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from cvx_core.interfaces import Batch, Condition, Deps, Features, Parts
 from cvx_core.random import keyed
 from cvx_core.spec import Spec
+from cvx_io.progress import progress
 from cvx_plugins.tasks import TrainConfig
 from cvx_plugins.tasks.encode import Encoder
 from cvx_plugins.tasks.export import export_model
 from cvx_plugins.tasks.loop import Loop
-from cvx_plugins.tasks.progress import progress
 from cvx_plugins.tasks.rows import make_loader
 
 log = logging.getLogger("cvx")

@@ -1,0 +1,229 @@
+"""Which format a path is of, and which model its tensors are. No torch, but where plugins need it to look."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cvx_core.errors import CvxError, FormatError, PluginError
+from cvx_core.interfaces import Format, Inferred, Tensors
+from cvx_core.registry import Component, Registry
+from cvx_io.atomic import read_json
+from cvx_io.conversion.request import Settings, configured
+from cvx_io.rename import Names, NamesError
+
+MODELS = ("predictor", "autoencoder", "text_encoder")
+"""Kinds of components that have weights."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model that weights are of. assumed, unknown: as in Inferred; family: of its names tables."""
+
+    family: str
+    component: Component | None = None
+    config: Any = None
+    assumed: Mapping[str, Any] = field(default_factory=dict)
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    evidence: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of its component, or of its family where nothing more is known."""
+        return self.component.name if self.component is not None else self.family
+
+
+def find_format(path: Path, registry: Registry, name: str | None = None) -> Component:
+    """Return the format of a path, or the one named.
+
+    Raises FormatError where no format or more than one recognises the path; then it lists what lies inside.
+    """
+    if name is not None:
+        return registry.get("format", name)
+    if not path.exists():
+        raise FormatError(f"{path}: no such file or folder. Check the path.")
+    found = [component for component in _formats(registry) if _accepts(component, path)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(component.name for component in found)
+        raise FormatError(f"{path}: could be any of {names}. Say which with --from.")
+    inside = _inside(path, registry)
+    if inside:
+        listed = "\n".join(f"  {item} ({name})" for item, name in inside)
+        raise FormatError(
+            f"{path}: not the weights of one model, but it holds:\n{listed}\nConvert one of them."
+        )
+    known = ", ".join(component.name for component in _formats(registry))
+    what = "an empty folder" if path.is_dir() and not any(path.iterdir()) else "of no format that is known"
+    raise FormatError(
+        f"{path}: {what} ({known}). Check the path and that the download is "
+        "complete, or say what it is with --from."
+    )
+
+
+def is_canonical(component: Component) -> bool:
+    """Tell whether names in a format's files are ours without a table."""
+    return bool(getattr(component.config, "canonical", False))
+
+
+def tables(registry: Registry, format_name: str) -> Iterator[tuple[str, Names]]:
+    """Yield (family, table) of every family that has names in a format."""
+    for name in registry.names("names"):
+        family, _, owner = name.rpartition(":")
+        if owner == format_name:
+            yield family, registry.get("names", name).load()
+
+
+def table_of(registry: Registry, family: str, component: Component) -> Names | None:
+    """Return a family's table in a format, None where names are canonical. Raises FormatError without one."""
+    name = f"{family}:{component.name}"
+    if name in registry.names("names"):
+        table: Names = registry.get("names", name).load()
+        return table
+    if is_canonical(component):
+        return None
+    able = sorted({n.rpartition(":")[2] for n in registry.names("names") if n.rpartition(":")[0] == family})
+    able += [c.name for c in _formats(registry) if is_canonical(c) and not getattr(c.config, "lora_of", None)]
+    raise FormatError(
+        f"{family!r} has no names in format {component.name!r}. It has them in: {', '.join(able)}."
+    )
+
+
+def open_source(
+    path: Path, fmt: Format, component: Component, registry: Registry, named: Model | None
+) -> tuple[Tensors, Model | None]:
+    """Open weights with the table that fits them, and tell what they are.
+
+    named: the model that the user named, if so. The model is None where nothing recognises the tensors.
+    Raises FormatError with what the closest table lacks.
+    """
+    if named is not None:
+        return fmt.open(path, table_of(registry, named.family, component)), named
+    failures: list[NamesError] = []
+    for family, table in tables(registry, component.name):
+        try:
+            tensors = fmt.open(path, table)
+        except NamesError as error:
+            failures.append(error)
+            continue
+        return tensors, recognise(tensors, registry, family) or Model(family, evidence="names")
+    if is_canonical(component):
+        tensors = fmt.open(path)
+        return tensors, recognise(tensors, registry)
+    if failures:
+        raise min(failures, key=lambda error: error.unmatched)
+    raise FormatError(f"no names tables for {component.name!r}. Install a plugin that has one.")
+
+
+def name_model(name: str, settings: Settings, registry: Registry) -> Model:
+    """Return the model that `--model` means: a component, or a config.json. Raises FormatError otherwise."""
+    path = Path(name)
+    if path.suffix == ".json" or path.is_dir():
+        file = path / "config.json" if path.is_dir() else path
+        found = _from_config(read_json(file), registry)
+        if found is None:
+            raise FormatError(f"{file}: describes no model that an installed component recognises.")
+        return _model(*found, settings, str(file))
+    kinds = [kind for kind in MODELS if name in registry.names(kind)]
+    if not kinds:
+        try:
+            registry.get("predictor", name)
+        except PluginError as error:
+            raise FormatError(f"--model: {error}") from error
+    component = registry.get(kinds[0], name)
+    return _model(component, Inferred({}), settings, "--model")
+
+
+def recognise(tensors: Tensors, registry: Registry, family: str | None = None) -> Model | None:
+    """Return the model that tensors are of, by the config beside them or by their shapes."""
+    described = tensors.facts.get("config")
+    if isinstance(described, Mapping):
+        found = _from_config(described, registry)
+        if found is not None:
+            return _model(*found, {}, "config.json")
+    for component in _unique(registry):
+        infer = getattr(component.config, "infer", None)
+        if infer is None or family not in (None, _family(component)):
+            continue
+        inferred: Inferred | None = infer(tensors)
+        if inferred is not None:
+            named = registry.get(component.kind, inferred.fields["use"])
+            return _model(named, inferred, {}, "shapes")
+    return None
+
+
+def settle(model: Model, settings: Settings) -> Model:
+    """Return a model with fields that the user states, which are then no longer open."""
+    if not settings or model.component is None:
+        return model
+    fields = {name: getattr(model.config, name) for name in model.config.model_fields_set}
+    stated = Inferred(fields, model.assumed, model.unknown)
+    return _model(model.component, stated, settings, model.evidence)
+
+
+def _model(component: Component, found: Inferred, settings: Settings, evidence: str) -> Model:
+    assumed = {name: value for name, value in found.assumed.items() if name not in settings}
+    usual = {name: value for name, (value, _) in found.assumed.items()}
+    fields = {**usual, **{name: value for name, value in found.fields.items() if name != "use"}, **settings}
+    config = configured(component, _plain(fields), "--set-model")
+    unknown = {name: why for name, why in found.unknown.items() if name not in settings}
+    return Model(_family(component), component, config, assumed, unknown, evidence)
+
+
+def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _jsonable(value) for name, value in fields.items()}
+
+
+def _jsonable(value: Any) -> Any:
+    return json.loads(value.model_dump_json()) if hasattr(value, "model_dump_json") else value
+
+
+def _from_config(described: Mapping[str, Any], registry: Registry) -> tuple[Component, Inferred] | None:
+    for component in _unique(registry):
+        ask = getattr(component.config, "recognise", None)
+        fields = ask(described) if ask is not None else None
+        if fields is not None:
+            return registry.get(component.kind, fields["use"]), Inferred(fields)
+    return None
+
+
+def _family(component: Component) -> str:
+    return str(getattr(component.config, "family", component.name))
+
+
+def _unique(registry: Registry) -> list[Component]:
+    """Return one component for each config class of each kind with weights."""
+    found: dict[Any, Component] = {}
+    for kind in MODELS:
+        for component, _ in registry.all(kind):
+            found.setdefault((kind, component.config), component)
+    return list(found.values())
+
+
+def _formats(registry: Registry) -> list[Component]:
+    return [component for component, _ in registry.all("format") if component.config is not None]
+
+
+def _accepts(component: Component, path: Path) -> bool:
+    assert component.config is not None
+    try:
+        return bool(component.load()(component.config(), None).accepts(path))
+    except CvxError:  # a plugin that cannot be imported; --from says so
+        return False
+
+
+def _inside(path: Path, registry: Registry) -> list[tuple[Path, str]]:
+    """Return what some format recognises in a folder, two levels deep."""
+    if not path.is_dir():
+        return []
+    found: list[tuple[Path, str]] = []
+    for item in sorted([*path.glob("*"), *path.glob("*/*")]):
+        if item.parent in (known for known, _ in found):
+            continue
+        names = [component.name for component in _formats(registry) if _accepts(component, item)]
+        found += [(item, name) for name in names[:1]]
+    return found

@@ -1,0 +1,329 @@
+"""One conversion: found out, checked and reported without reading weights, then run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cvx_core.errors import FormatError
+from cvx_core.interfaces import Deps, Format, TensorInfo, Tensors
+from cvx_core.registry import Component, Registry
+from cvx_core.weights import check_index
+from cvx_io.atomic import replaced_on_success, write_json
+from cvx_io.conversion import loras
+from cvx_io.conversion.detect import (
+    Model,
+    find_format,
+    is_canonical,
+    name_model,
+    open_source,
+    settle,
+    table_of,
+)
+from cvx_io.conversion.report import End, Report
+from cvx_io.conversion.request import Request, configured
+from cvx_io.conversion.verify import verify
+from cvx_io.lora import ALPHA, compare
+from cvx_io.progress import progress, size_text
+from cvx_io.regroup import listed
+from cvx_io.rename import Names
+from cvx_io.tensors.dtypes import is_float, num_bytes
+
+REPORT = "conversion.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion that is ready to run. tensors: what will be written, under canonical names."""
+
+    request: Request
+    tensors: Tensors
+    model: Model
+    format: Format
+    names: Names | None
+    config: Mapping[str, Any] | None
+    report: Report
+
+    def run(self, verified: bool = False) -> Report:
+        """Write the target, whole or not at all, and its report beside it; `verified` reads it again.
+
+        Raises FormatError where the disk is too small, the target is in the way, or what was written differs.
+        """
+        target = self.request.target
+        check_target(target, self.request.source, self.request.overwrite)
+        check_space(target, self.report.target.size)
+        with replaced_on_success(target), _disk_errors(target):
+            with progress("convert", self.report.target.size, in_bytes=True) as bar:
+                self.format.write(target, _watched(self.tensors, bar), self.names, self.config)
+            report = replace(self.report, checked=self._checked(verified))
+            write_json(report_path(target), report.to_json())
+        return report
+
+    def _checked(self, verified: bool) -> list[str]:
+        """Read the target again where that was asked for; LoRA weights, which are small, in any case."""
+        target = self.request.target
+        if self.model.family == loras.FAMILY:
+            compare(self.format.open(target, self.names), self.tensors, str(target))
+            return ["alpha / rank * B A read again: equal for every layer"]
+        if not verified:
+            return []
+        return verify(self.format.open(target, self.names), self.tensors, self.model, target)
+
+
+def prepare(request: Request, registry: Registry | None = None) -> Job:
+    """Find out what a request means and account for every tensor; no weights are read.
+
+    Raises FormatError where format, model, names, shapes or settings do not fit, naming the tensors.
+    """
+    registry = registry or Registry.discover()
+    target = registry.get("format", request.to)
+    source = find_format(request.source, registry, request.source_format)
+    if loras.is_wanted(source, target):
+        return _adapter_job(request, registry, *loras.formats(source, target, registry))
+    return _weights_job(request, registry, source, target)
+
+
+def _weights_job(request: Request, registry: Registry, source: Component, target: Component) -> Job:
+    settings = loras.source_settings(request, source)
+    opened = source.load()(configured(source, settings, "--set-from"), None)
+    named = name_model(request.model, request.model_settings, registry) if request.model else None
+    found, model = open_source(request.source, opened, source, registry, named)
+    if model is None:
+        raise FormatError(
+            f"{request.source}: no installed component recognises these tensors: {listed(list(found.index))}."
+            " Name the model with --model, or install the plugin that has it."
+        )
+    model = settle(model, request.model_settings) if named is None else model
+    names = table_of(registry, model.family, target)
+    tensors, dropped, invented = _selected(found, model, names, str(request.source))
+    notes: list[str] = []
+    if request.lora is not None:
+        tensors, note = loras.merged(tensors, request, registry)
+        notes.append(note)
+    cast, changed = _cast(tensors, request.dtype)
+    config = configured(target, request.settings, "--set")
+    _check_settings(config, model)
+    described = _described(model, target)
+    foreign = names.write(cast, str(request.target)) if names is not None else cast
+    report = Report(
+        source=End(request.source, source.name, settings, found.index),
+        target=End(request.target, target.name, request.settings, foreign.index),
+        model=model.name,
+        evidence=model.evidence,
+        fields=_fields(model),
+        consumed={name: list(origins) for name, origins in tensors.origins.items()},
+        dropped={**found.dropped, **dropped},
+        invented=invented,
+        changed=changed,
+        assumed={name: f"{value!r}, {why}" for name, (value, why) in model.assumed.items()},
+        notes=notes,
+    )
+    return Job(request, cast, model, target.load()(config, None), names, described, report)
+
+
+def _adapter_job(request: Request, registry: Registry, source: Component, target: Component) -> Job:
+    """Convert LoRA weights: no model is needed, for names and ranks say all."""
+    opened, note = loras.opened(request, source, registry)
+    config = configured(target, request.settings, "--set")
+    names = None if is_canonical(target) else table_of(registry, loras.family(registry, target), target)
+    tensors, changed = _cast(opened, request.dtype)
+    report = Report(
+        source=End(request.source, source.name, request.source_settings, opened.index),
+        target=End(request.target, target.name, request.settings, tensors.index),
+        model="LoRA weights",
+        evidence="",
+        fields={},
+        consumed={name: list(opened.origins.get(name, (name,))) for name in opened.index},
+        dropped=opened.dropped,
+        changed=changed,
+        notes=[note],
+    )
+    return Job(request, tensors, Model(loras.FAMILY), target.load()(config, None), names, None, report)
+
+
+def _selected(
+    found: Tensors, model: Model, names: Names | None, where: str
+) -> tuple[Tensors, dict[str, str], dict[str, str]]:
+    """Return what is written, in the order of the source: parameters, and tables the target holds too.
+
+    Also {name: why it is dropped} and {name: how it is made}. Raises FormatError where the source does not
+    fit the model.
+    """
+    if model.component is None:
+        return found, {}, {}
+    module = built(model)
+    wanted = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    computed = model.config.computed() if hasattr(model.config, "computed") else {}
+    aliases: Mapping[str, str | None] = getattr(module, "aliases", {})
+    coverage = check_index(found.index, wanted, f"{where} as {model.name}", aliases)
+    target_of = dict(coverage.consumed)
+    kept = names.keeps if names is not None else ()
+    insisted = names.insists if names is not None else ()
+    carried = [name for name in coverage.dropped if name in (*kept, *insisted)]
+    target_of |= {name: name for name in carried}
+    dropped = {name: why for name, why in coverage.dropped.items() if name not in carried}
+    source_of = {target_of[name]: name for name in found.index if name in target_of}
+    index = {target: found.index[name] for target, name in source_of.items()}
+    missing = [name for name in computed if name in insisted and name not in index]
+    _check_known(model, missing)
+    dtype = index[next(iter(wanted))].dtype
+    made = {name: computed[name]().to(_torch_dtype(dtype)) for name in missing}
+    index |= {name: TensorInfo(tuple(tensor.shape), dtype) for name, tensor in made.items()}
+
+    def load(name: str) -> Any:
+        return made[name] if name in made else found.load(source_of[name])
+
+    invented = dict.fromkeys(
+        missing, "computed from the model's sizes; the target's own loader insists on it"
+    )
+    origins = {target: found.origins.get(name, (name,)) for target, name in source_of.items()}
+    return Tensors(index, load, origins=origins), dropped, invented
+
+
+def built(model: Model) -> Any:
+    """Return a model's module on the meta device: names and shapes, no memory."""
+    import torch
+
+    assert model.component is not None
+    with torch.device("meta"):
+        return model.component.load()(model.config, Deps())
+
+
+def _check_known(model: Model, needed: Any) -> None:
+    if needed and model.unknown:
+        lines = "\n".join(f"  {name}: {why}" for name, why in model.unknown.items())
+        raise FormatError(
+            f"the target depends on what these weights do not tell:\n{lines}\n"
+            "State it with --set-model FIELD=VALUE, or name the model with --model."
+        )
+
+
+def _described(model: Model, target: Component) -> Mapping[str, Any] | None:
+    """Return the model's config.json, for formats that keep one."""
+    if not getattr(target.config, "keeps_config", False) or not hasattr(model.config, "describe"):
+        return None
+    if model.unknown and not getattr(target.config, "needs_config", False):
+        return None
+    _check_known(model, True)
+    described: Mapping[str, Any] = model.config.describe()
+    return described
+
+
+def _check_settings(config: Any, model: Model) -> None:
+    plan = getattr(model.config, "plan", None)
+    if plan is not None and hasattr(config, "unfit") and (why := config.unfit(plan())):
+        raise FormatError(f"{model.name}: {why}")
+
+
+def _fields(model: Model) -> dict[str, Any]:
+    if model.config is None:
+        return {}
+    fields: dict[str, Any] = model.config.model_dump(mode="json", exclude_defaults=True)
+    return fields
+
+
+def _cast(tensors: Tensors, dtype: str | None) -> tuple[Tensors, dict[str, int]]:
+    """Return tensors with every floating point one in `dtype`, and how many change."""
+    if dtype is None:
+        return tensors, {}
+    if not is_float(dtype):
+        raise FormatError(f"--dtype {dtype}: expected float16, bfloat16, float32 or float64.")
+    changing = {
+        name: info.dtype
+        for name, info in tensors.index.items()
+        if is_float(info.dtype) and info.dtype != dtype and not name.endswith(ALPHA)
+    }
+    index = {**tensors.index, **{name: TensorInfo(tensors.index[name].shape, dtype) for name in changing}}
+
+    def load(name: str) -> Any:
+        tensor = tensors.load(name)
+        return tensor.to(_torch_dtype(dtype)) if name in changing else tensor
+
+    counts = Counter(f"{old} -> {dtype}" for old in changing.values())
+    return replace(tensors, index=index, load=load), dict(counts)
+
+
+def _torch_dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
+
+
+def _watched(tensors: Tensors, bar: Any) -> Tensors:
+    def load(name: str) -> Any:
+        tensor = tensors.load(name)
+        bar.step(by=num_bytes(tensors.index[name]))
+        return tensor
+
+    return replace(tensors, load=load)
+
+
+def check_target(target: Path, source: Path, overwrite: bool) -> None:
+    """Raise FormatError where something is at the target, unless it is a conversion to be replaced."""
+    if not os.path.lexists(target):
+        parent = next(folder for folder in target.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise FormatError(
+                f"{target}: cannot write in {parent}. Choose another place, or change its permissions."
+            )
+        return
+    here, there = target.resolve(), source.resolve()
+    if here == there or here in there.parents:
+        raise FormatError(f"{target}: holds the source {source}. Choose another target.")
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if not overwrite:
+        hint = "" if report_path(target).exists() else " It has no finished conversion in it."
+        raise FormatError(
+            f"{target}: exists already.{hint} Give --overwrite to replace it, or another target."
+        )
+    if target.is_dir() and not _is_replaceable(target):
+        raise FormatError(
+            f"{target}: --overwrite replaces checkpoints only, and this folder holds other things. Remove it "
+            "yourself, or choose another target."
+        )
+
+
+def _is_replaceable(folder: Path) -> bool:
+    """Tell whether a folder is a checkpoint of some format, or what is left of one."""
+    if (folder / REPORT).exists():
+        return True
+    with suppress(FormatError):
+        find_format(folder, Registry.discover())
+        return True
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return all(file.suffix in (".safetensors", ".pt", ".distcp", ".json") for file in files)
+
+
+def check_space(target: Path, size: int) -> None:
+    """Raise FormatError where the disk has less room than the target needs."""
+    parent = next(folder for folder in target.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < size * 1.01:
+        raise FormatError(
+            f"{target}: needs {size_text(size)}, but {parent} has {size_text(free)} free. Make room, or "
+            "choose another disk. Nothing was written."
+        )
+
+
+def report_path(target: Path) -> Path:
+    """Return where a conversion's report lies: in its folder, or beside its file."""
+    return target / REPORT if target.is_dir() else target.with_name(f"{target.name}.{REPORT}")
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """Turn the system's refusals while writing into a FormatError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise FormatError(
+            f"{target}: {error.strerror or error}. Nothing is left behind; make room or change the "
+            "permissions, then convert again."
+        ) from error
