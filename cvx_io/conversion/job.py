@@ -101,7 +101,7 @@ def _weights_job(request: Request, registry: Registry, source: Component, target
         )
     model = settle(model, request.model_settings) if named is None else model
     names = table_of(registry, model.family, target)
-    tensors, dropped, invented = _selected(found, model, names, str(request.source))
+    tensors, dropped, invented = _selected(found, model, names, request)
     notes: list[str] = []
     if request.lora is not None:
         tensors, note = loras.merged(tensors, request, registry)
@@ -148,7 +148,7 @@ def _adapter_job(request: Request, registry: Registry, source: Component, target
 
 
 def _selected(
-    found: Tensors, model: Model, names: Names | None, where: str
+    found: Tensors, model: Model, names: Names | None, request: Request
 ) -> tuple[Tensors, dict[str, str], dict[str, str]]:
     """Return what is written, in the order of the source: parameters, and tables the target holds too.
 
@@ -161,7 +161,7 @@ def _selected(
     wanted = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     computed = model.config.computed() if hasattr(model.config, "computed") else {}
     aliases: Mapping[str, str | None] = getattr(module, "aliases", {})
-    coverage = check_index(found.index, wanted, f"{where} as {model.name}", aliases)
+    coverage = check_index(found.index, wanted, f"{request.source} as {model.name}", aliases)
     target_of = dict(coverage.consumed)
     kept = names.keeps if names is not None else ()
     insisted = names.insists if names is not None else ()
@@ -172,7 +172,7 @@ def _selected(
     index = {target: found.index[name] for target, name in source_of.items()}
     missing = [name for name in computed if name in insisted and name not in index]
     _check_known(model, missing)
-    dtype = index[next(iter(wanted))].dtype
+    dtype = request.dtype or index[next(iter(wanted))].dtype
     made = {name: computed[name]().to(_torch_dtype(dtype)) for name in missing}
     index |= {name: TensorInfo(tuple(tensor.shape), dtype) for name, tensor in made.items()}
 
