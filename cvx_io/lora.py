@@ -175,4 +175,4 @@ def _merged(base: Tensors, lora: Tensors, module: str, factor: float) -> Tensor:
     weight = base.load(f"{module}.weight")
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     a, b = (lora.load(module + end).to(wide) for end in (A, B))
-    return torch.add(weight.to(wide), b @ a, alpha=factor).to(weight.dtype)
+    return (weight.to(wide) + factor * (b @ a)).to(weight.dtype)  # rounded thrice, as other mergers do
