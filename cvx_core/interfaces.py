@@ -352,6 +352,7 @@ class Parts:
     task: Any = None
     mesh: Any = None
     trainable: frozenset[str] = frozenset()
+    loaded: Mapping[str, Any] = field(default_factory=dict)  # by section: where its weights came from
     data_axes: tuple[str, ...] = ("dp_replicate", "dp_shard")
     encode: Callable[..., Features] | None = None
     forward_backward: Callable[..., Tensor] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from enum import IntEnum
 from typing import Any
 
@@ -44,16 +45,20 @@ def place(parts: Parts, spec: Spec) -> Parts:
     parts = parts.task.prepare(parts, spec)
     for choice in sorted(spec.parallel, key=lambda choice: choice.config.stage):
         parts = choice.build(Deps(spec)).apply(parts)
+    loaded = {}
     for section in MODULES:
         module = getattr(parts, section)
         if module is not None:
             module.to_empty(device=parts.device)
-            fill(module, spec.choices[section], spec, section)
-    return parts
+            loaded[section] = fill(module, spec.choices[section], spec, section)
+    return replace(parts, loaded=loaded)
 
 
-def fill(module: nn.Module, choice: Choice, spec: Spec, section: str) -> None:
-    """Load a module's weights from the recipe's format, or initialise them from the seed."""
+def fill(module: nn.Module, choice: Choice, spec: Spec, section: str) -> dict[str, Any]:
+    """Load a module's weights from the recipe's format, or initialise them from the seed.
+
+    Returns the account of it, plain values: what each parameter came from, and what was left out and why.
+    """
     if choice.weights is None:
         initialise(module, spec.run.seed)
         count = sum(p.numel() for p in module.parameters())
@@ -64,7 +69,7 @@ def fill(module: nn.Module, choice: Choice, spec: Spec, section: str) -> None:
             spec.run.seed,
             f"{count:,}",
         )
-        return
+        return {"initialised": spec.run.seed, "parameters": count}
     source = choice.weights
     path = source.config.path
     tensors = source.build(Deps(spec)).open(path, _names(choice, spec))
@@ -76,8 +81,23 @@ def fill(module: nn.Module, choice: Choice, spec: Spec, section: str) -> None:
     log.info("%s: %d tensors from %s", section, len(coverage.consumed), path)
     for (stored, wanted_dtype), count in casts.items():
         log.info("%s: %d tensors cast from %s to %s", section, count, stored, wanted_dtype)
-    for name, reason in {**tensors.dropped, **coverage.dropped}.items():
-        log.info("%s: left out %s: %s", section, name, reason)
+    dropped = {**tensors.dropped, **coverage.dropped}
+    for reason, names in _by_reason(dropped).items():
+        log.info("%s: left out %d, such as %s: %s", section, len(names), names[0], reason)
+    return {
+        "path": str(path),
+        "format": source.name,
+        "consumed": {to: list(tensors.origins.get(name, (name,))) for name, to in coverage.consumed.items()},
+        "dropped": dropped,
+        "cast": [[stored, cast, count] for (stored, cast), count in casts.items()],
+    }
+
+
+def _by_reason(dropped: Mapping[str, str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name, reason in dropped.items():
+        groups.setdefault(reason, []).append(name)
+    return groups
 
 
 def _names(choice: Choice, spec: Spec) -> Any:

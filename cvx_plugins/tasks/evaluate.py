@@ -59,6 +59,7 @@ class Evaluate:
             "digest": spec.digest,
         }
         write_json(spec.output / "evaluation.json", result)
+        write_json(spec.output / "weights.json", dict(parts.loaded))
         for band in bands:
             log.info("timesteps %4d..%4d  loss %.5f", band["from"], band["to"] - 1, band["loss"])
         log.info(

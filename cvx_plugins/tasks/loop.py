@@ -20,7 +20,7 @@ from cvx_core.errors import CvxError
 from cvx_core.interfaces import Batch, ParamGroup, Parts
 from cvx_core.spec import Spec
 from cvx_io import resume
-from cvx_io.atomic import write_text
+from cvx_io.atomic import write_json, write_text
 from cvx_io.loader import Cursor, Loader
 from cvx_io.log import RunLog
 from cvx_io.progress import progress
@@ -39,6 +39,7 @@ class Loop:
     def __init__(self, config: LoopConfig, parts: Parts, spec: Spec, module: nn.Module):
         assert parts.make_optimizer is not None
         self._config, self._spec, self._module, self._device = config, spec, module, parts.device
+        self._loaded = parts.loaded
         self._named = [(name, p) for name, p in module.named_parameters() if name in parts.trainable]
         self._optimizer = parts.make_optimizer([ParamGroup(self._named, {})])
         for group in self._optimizer.param_groups:
@@ -51,6 +52,7 @@ class Loop:
         step, cursor = self._resume(loader)
         last = config.stop_at or config.steps
         write_text(self._spec.output / "recipe.resolved.yaml", self._spec.to_yaml())
+        write_json(self._spec.output / "weights.json", dict(self._loaded))
         records = RunLog(self._spec.output, step, config.tensorboard)
         batches = loader.iterate(cursor)
         saved = step

@@ -70,6 +70,7 @@ class Sample:
                 for job, latent in zip(batch, latents, strict=True):
                     self._write(job, latent, parts, spec)
         write_text(folder / "recipe.resolved.yaml", spec.to_yaml())
+        write_json(folder / "weights.json", dict(parts.loaded))
         if config.sheet:
             self._write_sheet(folder, jobs, spec)
         log.info("%d videos in %s", len(jobs), folder)
