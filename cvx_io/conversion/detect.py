@@ -86,10 +86,11 @@ def table_of(registry: Registry, family: str, component: Component) -> Names | N
         return table
     if is_canonical(component):
         return None
-    able = sorted({n.rpartition(":")[2] for n in registry.names("names") if n.rpartition(":")[0] == family})
-    able += [c.name for c in _formats(registry) if is_canonical(c) and not getattr(c.config, "lora_of", None)]
+    able = {n.rpartition(":")[2] for n in registry.names("names") if n.rpartition(":")[0] == family}
+    whole = [c for c in _formats(registry) if getattr(c.config, "holds", "") != "lora"]
+    able |= {c.name for c in whole if is_canonical(c)}
     raise FormatError(
-        f"{family!r} has no names in format {component.name!r}. It has them in: {', '.join(able)}."
+        f"{family!r} has no names in format {component.name!r}. It has them in: {', '.join(sorted(able))}."
     )
 
 

@@ -109,7 +109,7 @@ def _weights_job(request: Request, registry: Registry, source: Component, target
     cast, changed = _cast(tensors, request.dtype)
     config = configured(target, request.settings, "--set")
     _check_settings(config, model)
-    described = _described(model, target)
+    described = _described(model, target) if model.component is not None else _carried(request, found, target)
     foreign = names.write(cast, str(request.target)) if names is not None else cast
     report = Report(
         source=End(request.source, source.name, settings, found.index),
@@ -213,6 +213,20 @@ def _described(model: Model, target: Component) -> Mapping[str, Any] | None:
     _check_known(model, True)
     described: Mapping[str, Any] = model.config.describe()
     return described
+
+
+def _carried(request: Request, found: Tensors, target: Component) -> Mapping[str, Any] | None:
+    """Return the source's own config.json, for a model that no component describes."""
+    if not getattr(target.config, "keeps_config", False):
+        return None
+    config: Mapping[str, Any] | None = found.facts.get("config")
+    insists = getattr(target.config, "needs_config", False) and request.target.suffix != ".safetensors"
+    if config is None and insists:
+        raise FormatError(
+            f"{request.target}: a folder needs a config.json, and {request.source} has none to take over. "
+            "Give a path that ends in .safetensors, and put the model's config.json beside it."
+        )
+    return config
 
 
 def _check_settings(config: Any, model: Model) -> None:

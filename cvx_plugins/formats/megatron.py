@@ -90,6 +90,8 @@ class Megatron:
         Raises FormatError where the tensors cannot be shared among so many ranks or stages.
         """
         table = (names or IDENTITY).preferring(self.cfg.positions)
+        if not table.blocks and self.cfg.pp != 1:
+            raise FormatError(f"{path}: MindSpeed-MM runs this model in one stage. Leave out pp.")
         foreign = table.write(tensors, str(path))
         sizes = self.cfg.stages(_num_blocks(foreign, table))
         if path.suffix == ".pt":
