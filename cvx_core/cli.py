@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,7 @@ from cvx_core.errors import did_you_mean
 EXAMPLES = """examples:
   cvx run recipe.yaml --set task.steps=100
   cvx check recipe.yaml
+  cvx convert CogVideoX-2b-sat/transformer out/transformer --to hf
   cvx plugins predictor
   cvx schema > cvx.schema.json
 """
@@ -29,9 +31,16 @@ def _schema(argv: Sequence[str]) -> int:
     return run.main(["--schema", *argv])
 
 
+def _convert(argv: Sequence[str]) -> int:
+    # By name, as any component is: the core does not depend on the packages above it.
+    code: int = importlib.import_module("cvx_io.convert").main(argv)
+    return code
+
+
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "run": (run.main, "run a recipe"),
     "check": (_check, "resolve and check a recipe, build nothing"),
+    "convert": (_convert, "convert weights from any format to any other"),
     "plugins": (_plugins, "list the installed components, all or of one kind"),
     "schema": (_schema, "print a JSON Schema of recipes"),
 }
