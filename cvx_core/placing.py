@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from cvx_core.building import MODULES
-from cvx_core.errors import PluginError
 from cvx_core.interfaces import Deps, Parts
 from cvx_core.random import keyed
 from cvx_core.registry import Choice
@@ -72,7 +71,8 @@ def fill(module: nn.Module, choice: Choice, spec: Spec, section: str) -> dict[st
         return {"initialised": spec.run.seed, "parameters": count}
     source = choice.weights
     path = source.config.path
-    tensors = source.build(Deps(spec)).open(path, _names(choice, spec))
+    family = getattr(choice.config, "family", choice.name)
+    tensors = source.build(Deps(spec)).open(path, spec.registry.table(family, source.component))
     params = dict(module.named_parameters())
     wanted = {name: tuple(parameter.shape) for name, parameter in params.items()}
     aliases: Mapping[str, str | None] = getattr(module, "aliases", {})
@@ -98,19 +98,6 @@ def _by_reason(dropped: Mapping[str, str]) -> dict[str, list[str]]:
     for name, reason in dropped.items():
         groups.setdefault(reason, []).append(name)
     return groups
-
-
-def _names(choice: Choice, spec: Spec) -> Any:
-    """Return the rule table of (family, format); None where the format's names are the canonical ones."""
-    assert choice.weights is not None
-    family = getattr(choice.config, "family", choice.name)
-    key = f"{family}:{choice.weights.name}"
-    if key in spec.registry.names("names"):
-        return spec.registry.get("names", key).load()
-    if getattr(choice.weights.config, "canonical", False):
-        return None
-    who = f"{choice.component.kind} {choice.name!r}"
-    raise PluginError(f"no names table {key!r}; {who} cannot be read from {choice.weights.name!r}.")
 
 
 def initialise(module: nn.Module, seed: int) -> None:

@@ -151,6 +151,22 @@ class Registry:
         keys = sorted(key for key in self._components if kind in (None, key[0]))
         return [(self._components[key], self._packages[key]) for key in keys]
 
+    def table(self, family: str, format: Component) -> Any:
+        """Return a family's names table in a format; None where the format's names are the canonical ones.
+
+        Raises PluginError naming the formats that the family has names in.
+        """
+        if ("names", f"{family}:{format.name}") in self._components:
+            return self.get("names", f"{family}:{format.name}").load()
+        if getattr(format.config, "canonical", False):
+            return None
+        known = [name.rpartition(":") for name in self.names("names")]
+        able = sorted({owner for name, _, owner in known if name == family})
+        able += [c.name for c, _ in self.all("format") if getattr(c.config, "canonical", False)]
+        raise PluginError(
+            f"{family!r} has no names in format {format.name!r}. It has them in: {', '.join(able)}."
+        )
+
     def _add(self, component: Component, package: str) -> None:
         if component.kind not in KINDS:
             hint = did_you_mean(component.kind, KINDS)

@@ -78,22 +78,6 @@ def tables(registry: Registry, format_name: str) -> Iterator[tuple[str, Names]]:
             yield family, registry.get("names", name).load()
 
 
-def table_of(registry: Registry, family: str, component: Component) -> Names | None:
-    """Return a family's table in a format, None where names are canonical. Raises FormatError without one."""
-    name = f"{family}:{component.name}"
-    if name in registry.names("names"):
-        table: Names = registry.get("names", name).load()
-        return table
-    if is_canonical(component):
-        return None
-    able = {n.rpartition(":")[2] for n in registry.names("names") if n.rpartition(":")[0] == family}
-    whole = [c for c in _formats(registry) if getattr(c.config, "holds", "") != "lora"]
-    able |= {c.name for c in whole if is_canonical(c)}
-    raise FormatError(
-        f"{family!r} has no names in format {component.name!r}. It has them in: {', '.join(sorted(able))}."
-    )
-
-
 def open_source(
     path: Path, fmt: Format, component: Component, registry: Registry, named: Model | None
 ) -> tuple[Tensors, Model | None]:
@@ -103,7 +87,7 @@ def open_source(
     Raises FormatError with what the closest table lacks.
     """
     if named is not None:
-        return fmt.open(path, table_of(registry, named.family, component)), named
+        return fmt.open(path, registry.table(named.family, component)), named
     failures: list[NamesError] = []
     for family, table in tables(registry, component.name):
         try:

@@ -24,7 +24,6 @@ from cvx_io.conversion.detect import (
     name_model,
     open_source,
     settle,
-    table_of,
 )
 from cvx_io.conversion.report import End, Report
 from cvx_io.conversion.request import Request, configured
@@ -100,8 +99,8 @@ def _weights_job(request: Request, registry: Registry, source: Component, target
             " Name the model with --model, or install the plugin that has it."
         )
     model = settle(model, request.model_settings) if named is None else model
-    names = table_of(registry, model.family, target)
-    tensors, dropped, invented = _selected(found, model, names, request)
+    names = registry.table(model.family, target)
+    tensors, dropped, invented = arranged(found, model, names, str(request.source), request.dtype)
     notes: list[str] = []
     if request.lora is not None:
         tensors, note = loras.merged(tensors, request, registry)
@@ -131,7 +130,7 @@ def _adapter_job(request: Request, registry: Registry, source: Component, target
     """Convert LoRA weights: no model is needed, for names and ranks say all."""
     opened, note = loras.opened(request, source, registry)
     config = configured(target, request.settings, "--set")
-    names = None if is_canonical(target) else table_of(registry, loras.family(registry, target), target)
+    names = None if is_canonical(target) else registry.table(loras.family(registry, target), target)
     tensors, changed = _cast(opened, request.dtype)
     report = Report(
         source=End(request.source, source.name, request.source_settings, opened.index),
@@ -147,8 +146,8 @@ def _adapter_job(request: Request, registry: Registry, source: Component, target
     return Job(request, tensors, Model(loras.FAMILY), target.load()(config, None), names, None, report)
 
 
-def _selected(
-    found: Tensors, model: Model, names: Names | None, request: Request
+def arranged(
+    found: Tensors, model: Model, names: Names | None, where: str, dtype: str | None = None
 ) -> tuple[Tensors, dict[str, str], dict[str, str]]:
     """Return what is written, in the order of the source: parameters, and tables the target holds too.
 
@@ -161,7 +160,7 @@ def _selected(
     wanted = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     computed = model.config.computed() if hasattr(model.config, "computed") else {}
     aliases: Mapping[str, str | None] = getattr(module, "aliases", {})
-    coverage = check_index(found.index, wanted, f"{request.source} as {model.name}", aliases)
+    coverage = check_index(found.index, wanted, f"{where} as {model.name}", aliases)
     target_of = dict(coverage.consumed)
     kept = names.keeps if names is not None else ()
     insisted = names.insists if names is not None else ()
@@ -172,7 +171,7 @@ def _selected(
     index = {target: found.index[name] for target, name in source_of.items()}
     missing = [name for name in computed if name in insisted and name not in index]
     _check_known(model, missing)
-    dtype = request.dtype or index[next(iter(wanted))].dtype
+    dtype = dtype or index[next(iter(wanted))].dtype
     made = {name: computed[name]().to(_torch_dtype(dtype)) for name in missing}
     index |= {name: TensorInfo(tuple(tensor.shape), dtype) for name, tensor in made.items()}
 

@@ -15,6 +15,7 @@ from cvx_plugins.formats import pipeline
 class HFConfig(Config):
     """A folder with config.json and safetensors (whole or in shards), or one .safetensors file."""
 
+    holds_models: ClassVar[bool] = True
     keeps_config: ClassVar[bool] = True
     needs_config: ClassVar[bool] = True
     lora_format: ClassVar[str] = "diffusers-lora"
@@ -117,6 +118,8 @@ class MegatronLoraConfig(MegatronConfig):
 
 class LayerZeroConfig(Config):
     """Shards that MindSpeed's LayerZero training saves, one file per rank. Read only."""
+
+    read_only: ClassVar[bool] = True
 
     path: InputPath | None = None
     """The folder of an iteration. Needed to read."""

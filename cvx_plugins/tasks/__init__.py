@@ -7,8 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from cvx_core import Component, InputPath, Problem, hookimpl
+from cvx_core import Component, InputPath, PluginError, Problem, hookimpl
 from cvx_core.config import NonNegative, Positive, Probability
+from cvx_core.registry import Choice
 from cvx_core.run_config import TaskConfig
 from cvx_core.spec import Spec
 
@@ -91,6 +92,11 @@ class TrainConfig(LoopConfig):
             yield Problem(
                 "export_whole", "has nothing to do without `export: {use: hf}`. Add it, or leave this out."
             )
+        elif self.export_whole and not getattr(self.export.config, "holds_models", False):
+            yield Problem(
+                "export_whole", f"format {self.export.name!r} holds one part only. Use hf, or leave it out."
+            )
+        yield from _export_problems(self.export, spec, "predictor")
 
 
 class SampleConfig(TaskConfig):
@@ -164,6 +170,25 @@ class TrainAutoencoderConfig(LoopConfig):
     def check(self, spec: Spec) -> Iterable[Problem]:
         if self.measure_scale and self.export is None:
             yield Problem("measure_scale", "has nothing to do without `export: {use: hf}`. Add it.")
+        yield from _export_problems(self.export, spec, "autoencoder")
+
+
+def _export_problems(export: Choice | None, spec: Spec, section: str) -> Iterable[Problem]:
+    """Yield why a format cannot take the weights of a section's component."""
+    if export is None or section not in spec.choices:
+        return
+    config, choice = export.config, spec.choices[section]
+    if getattr(config, "read_only", False) or getattr(config, "holds", "") == "lora":
+        what = "is read only" if getattr(config, "read_only", False) else "holds LoRA weights only"
+        yield Problem("export", f"format {export.name!r} {what}. Use hf, sat, megatron or dcp.")
+        return
+    try:
+        spec.registry.table(getattr(choice.config, "family", choice.name), export.component)
+    except PluginError as error:
+        yield Problem("export", str(error))
+    plan = getattr(choice.config, "plan", None)
+    if plan is not None and hasattr(config, "unfit") and (why := config.unfit(plan())):
+        yield Problem("export", why)
 
 
 def _needs_weights(spec: Spec, section: str, verb: str) -> Iterable[Problem]:

@@ -18,7 +18,7 @@ from cvx_core.placing import fill, place
 from cvx_core.recipe import parse
 from cvx_core.registry import Choice
 from cvx_core.spec import resolve
-from cvx_io.conversion.detect import find_format, recognise, table_of
+from cvx_io.conversion.detect import find_format, recognise
 from cvx_plugins.cogvideox.positions import own_coordinates, rope_table
 
 VARIANTS = ("t2v_2b", "t2v_5b", "i2v_5b", "t2v_1.5", "i2v_1.5")
@@ -52,7 +52,7 @@ def opened(path, registry, convert_model=None):
     component = find_format(path, registry)
     fmt = component.load()(component.config(), None)
     family = registry.get("predictor", "cogvideox").config.family
-    model = recognise(fmt.open(path, table_of(registry, family, component)), registry)
+    model = recognise(fmt.open(path, registry.table(family, component)), registry)
     config = model.config.model_copy(update=convert_model or {})
     with torch.device("meta"):
         module = model.component.load()(config, None)

@@ -10,7 +10,9 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors.torch import load_file
 
-from cvx_core import CvxError, FormatError
+from cvx_core import CvxError, FormatError, RecipeError
+from cvx_core.building import build
+from cvx_core.placing import place
 from cvx_core.recipe import parse
 from cvx_core.spec import resolve
 from cvx_plugins.tasks import loop
@@ -129,3 +131,41 @@ def test_image_to_video_trains_with_its_condition(tiny, launch, log_of):
 def test_an_odd_latent_count_is_padded_for_1_5(tiny, launch, log_of):
     tiny["predictor"] |= {"patch_t": 2}
     assert len(log_of(launch(tiny))) == 4
+
+
+@pytest.mark.parametrize(
+    ("use", "fields"), [("sat", {}), ("megatron", {"tp": 2, "pp": [1, 1]}), ("dcp", {}), ("hf", {})]
+)
+def test_the_export_can_be_of_any_format_that_a_recipe_reads(use, fields, tiny, launch):
+    tiny["task"] |= {"export": {"use": use, **fields}, "steps": 1}
+    out = launch(tiny)
+    folder = out / "model/transformer" if use == "hf" else out / "model"
+    tiny["predictor"]["weights"] = {"use": use, "path": str(folder)}
+    tiny["task"].pop("export")
+    spec = resolve(parse(yaml.safe_dump(tiny)))
+    loaded = dict(place(build(spec), spec).predictor.named_parameters())
+    [step] = (out / "checkpoints").iterdir()
+    trained = state_of(step)
+    assert len(loaded) > 30
+    for name, parameter in loaded.items():
+        assert torch.equal(parameter, trained[f"model.{name}"]), name
+
+
+@pytest.mark.parametrize(
+    ("export", "why"),
+    [
+        ({"use": "layerzero"}, "'layerzero' is read only"),
+        ({"use": "peft"}, "'peft' holds LoRA weights only"),
+        ({"use": "megatron", "tp": 7}, "tp=7 does not divide the model's 2 heads. Choose one of"),
+    ],
+)
+def test_an_export_that_cannot_be_is_refused_before_training(export, why, tiny):
+    tiny["task"] |= {"export": export}
+    with pytest.raises(RecipeError, match=why):
+        resolve(parse(yaml.safe_dump(tiny)))
+
+
+def test_a_whole_export_needs_a_format_of_models(tiny):
+    tiny["task"] |= {"export": {"use": "sat"}, "export_whole": True}
+    with pytest.raises(RecipeError, match="'sat' holds one part only"):
+        resolve(parse(yaml.safe_dump(tiny)))
