@@ -292,7 +292,11 @@ class Piece(NamedTuple):
 
 @runtime_checkable
 class Format(Protocol):
-    """A container and layout on disk; knows no model. `names` is the rule table of (family, format)."""
+    """A container and layout on disk; knows no model. `names` is the rule table of (family, format).
+
+    A format that cannot write everything also has `check(path, tensors, names)`, which raises what `write`
+    would, from shapes alone.
+    """
 
     def accepts(self, path: Path) -> bool:
         """Tell from file names and headers whether `path` is of this format; no two formats agree."""

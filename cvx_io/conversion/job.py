@@ -109,6 +109,9 @@ def _weights_job(request: Request, registry: Registry, source: Component, target
     config = configured(target, request.settings, "--set")
     _check_settings(config, model)
     described = _described(model, target) if model.component is not None else _carried(request, found, target)
+    written = target.load()(config, None)
+    if hasattr(written, "check"):
+        written.check(request.target, cast, names)
     foreign = names.write(cast, str(request.target)) if names is not None else cast
     report = Report(
         source=End(request.source, source.name, settings, found.index),
@@ -123,7 +126,7 @@ def _weights_job(request: Request, registry: Registry, source: Component, target
         assumed={name: f"{value!r}, {why}" for name, (value, why) in model.assumed.items()},
         notes=notes,
     )
-    return Job(request, cast, model, target.load()(config, None), names, described, report)
+    return Job(request, cast, model, written, names, described, report)
 
 
 def _adapter_job(request: Request, registry: Registry, source: Component, target: Component) -> Job:

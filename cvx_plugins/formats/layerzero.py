@@ -64,6 +64,10 @@ class LayerZero:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """Refuse: only training shards weights in this way."""
+        self.check(path, tensors, names)
+
+    def check(self, path: Path, tensors: Tensors, names: Names | None = None) -> None:
+        """Raise FormatError, before anything is read or written."""
         raise FormatError(
             f"{path}: LayerZero shards are written by training. Convert to megatron, which MindSpeed loads."
         )

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from cvx_core import FormatError
-from cvx_core.interfaces import Tensors
+from cvx_core.interfaces import TensorInfo, Tensors
 from cvx_io.atomic import atomic_file, atomic_folder
 from cvx_io.layout import Grid, Part, Rank, assemble, split, split_info, stages_of
 from cvx_io.lora import is_lora
-from cvx_io.rename import IDENTITY, Names
+from cvx_io.rename import IDENTITY, Names, Split
 from cvx_io.tensors.archive import Archive, torch_archive
 from cvx_io.tensors.pickles import load_pickle
 from cvx_io.tensors.stored import Stored
@@ -32,7 +32,6 @@ LORA = "lora"
 WEIGHTS = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 _CHUNK = re.compile(r"model(\d*)")
-Sizes = Sequence[Sequence[int]]
 
 
 class Megatron:
@@ -89,63 +88,57 @@ class Megatron:
 
         Raises FormatError where the tensors cannot be shared among so many ranks or stages.
         """
+        plan = self._plan(path, tensors, names)
+        if path.suffix == ".pt":
+            with atomic_file(path) as partial, torch_archive(partial, plan.foreign.index) as archive:
+                for name, tensor in plan.foreign.read():
+                    archive.write(name, tensor)
+            return
+        iteration = "release" if self.cfg.iteration is None else f"iter_{self.cfg.iteration:07}"
+        with atomic_folder(path, manifest=TRACKER, stale=(f"{iteration}/*/{WEIGHTS}",)) as partial:
+            for number, stage in enumerate(plan.stages):
+                suffix = f"_{number:03}" if len(plan.stages) > 1 else ""
+                files = [partial / iteration / f"mp_rank_{rank:02}{suffix}" for rank in range(self.cfg.tp)]
+                self._write_stage(files, stage, plan)
+            tracker = "release" if self.cfg.iteration is None else str(self.cfg.iteration)
+            (partial / TRACKER).write_text(tracker, encoding="utf-8")
+
+    def check(self, path: Path, tensors: Tensors, names: Names | None = None) -> None:
+        """Raise FormatError where `write` would, before anything is read or written."""
+        self._plan(path, tensors, names)
+
+    def _plan(self, path: Path, tensors: Tensors, names: Names | None) -> _Plan:
         table = (names or IDENTITY).preferring(self.cfg.positions)
         if not table.blocks and self.cfg.pp != 1:
             raise FormatError(f"{path}: MindSpeed-MM runs this model in one stage. Leave out pp.")
         foreign = table.write(tensors, str(path))
         sizes = self.cfg.stages(_num_blocks(foreign, table))
-        if path.suffix == ".pt":
-            if self.cfg.tp > 1 or len(sizes) * len(sizes[0]) > 1:
-                raise FormatError(
-                    f"{path}: one file holds a whole model. Give a folder, or leave out tp and pp."
-                )
-            with atomic_file(path) as partial, torch_archive(partial, foreign.index) as archive:
-                for name, tensor in foreign.read():
-                    archive.write(name, tensor)
-            return
-        iteration = "release" if self.cfg.iteration is None else f"iter_{self.cfg.iteration:07}"
-        with atomic_folder(path, manifest=TRACKER, stale=(f"{iteration}/*/{WEIGHTS}",)) as partial:
-            self._write_tree(partial / iteration, foreign, table, sizes)
-            tracker = "release" if self.cfg.iteration is None else str(self.cfg.iteration)
-            (partial / TRACKER).write_text(tracker, encoding="utf-8")
+        if path.suffix == ".pt" and (self.cfg.tp > 1 or len(sizes) * len(sizes[0]) > 1):
+            raise FormatError(f"{path}: one file holds a whole model. Give a folder, or leave out tp and pp.")
+        flat = stages_of(table, list(foreign.index), [size for chunk in sizes for size in chunk])
+        rules = {name: table.split_of(name) for name in foreign.index}
+        stages = []
+        for number in range(len(sizes[0])):
+            chunks = flat[number :: len(sizes[0])]
+            wholes = {f"{v}/{local}": name for v, chunk in enumerate(chunks) for local, name in chunk.items()}
+            index = {
+                key: split_info(name, foreign.index[name], *rules[name], self.cfg.tp)
+                for key, name in wholes.items()
+            }
+            stages.append(_Stage(wholes, index))
+        return _Plan(foreign, rules, stages)
 
-    def _write_tree(self, folder: Path, foreign: Tensors, table: Names, sizes: Sizes) -> None:
-        flat = [size for chunk in sizes for size in chunk]
-        stages = stages_of(table, list(foreign.index), flat)
-        for pipeline_rank in range(len(sizes[0])):
-            chunks = stages[pipeline_rank :: len(sizes[0])]
-            self._write_stage(folder, foreign, table, chunks, pipeline_rank, len(sizes[0]))
-
-    def _write_stage(
-        self,
-        folder: Path,
-        foreign: Tensors,
-        table: Names,
-        chunks: Sequence[Mapping[str, str]],
-        pipeline_rank: int,
-        pipeline_size: int,
-    ) -> None:
+    def _write_stage(self, folders: Sequence[Path], stage: _Stage, plan: _Plan) -> None:
         """Write a stage's files for every tensor-parallel rank in one pass over its tensors."""
-        tp = self.cfg.tp
-        rules = {name: table.split_of(name) for chunk in chunks for name in chunk.values()}
-        keys = {
-            (number, local): whole for number, chunk in enumerate(chunks) for local, whole in chunk.items()
-        }
-        index = {
-            f"{number}/{local}": split_info(whole, foreign.index[whole], *rules[whole], tp)
-            for (number, local), whole in keys.items()
-        }
         with ExitStack() as stack:
             archives: list[Archive] = []
-            for rank in range(tp):
-                stage = f"_{pipeline_rank:03}" if pipeline_size > 1 else ""
-                file = folder / f"mp_rank_{rank:02}{stage}" / WEIGHTS
-                file.parent.mkdir(parents=True)
-                archives.append(stack.enter_context(torch_archive(file, index, self._wrap)))
-            for (number, local), whole in keys.items():
-                tensor = foreign.load(whole)
+            for folder in folders:
+                folder.mkdir(parents=True)
+                archives.append(stack.enter_context(torch_archive(folder / WEIGHTS, stage.parts, self._wrap)))
+            for key, name in stage.wholes.items():
+                tensor = plan.foreign.load(name)
                 for rank, archive in enumerate(archives):
-                    archive.write(f"{number}/{local}", split(tensor, *rules[whole], rank, tp))
+                    archive.write(key, split(tensor, *plan.rules[name], rank, len(archives)))
 
     def _wrap(self, state: Mapping[str, Any]) -> dict[str, Any]:
         chunks: dict[str, dict[str, Any]] = {}
@@ -173,6 +166,21 @@ def names_in(path: Path) -> list[str]:
         return [name for chunk in _Content.of(file).chunks for name in chunk]
     except FormatError:
         return []
+
+
+class _Stage(NamedTuple):
+    """What the files of a stage hold. wholes: {chunk/name in it: whole name}; parts: shapes of a rank's."""
+
+    wholes: Mapping[str, str]
+    parts: Mapping[str, TensorInfo]
+
+
+class _Plan(NamedTuple):
+    """What is written: tensors under foreign names, how ranks share each, and the stages."""
+
+    foreign: Tensors
+    rules: Mapping[str, tuple[Split | None, int]]
+    stages: Sequence[_Stage]
 
 
 class _Content:
