@@ -124,7 +124,7 @@ def _fixed_grid(fields: Fields, table: Tensor) -> Fields:
     cells, quarter, rest = table[text:], table.shape[1] // 4, table.shape[1] // 8 * 3
     plane = _run(cells[:, :quarter])
     columns = _run(cells[:plane, quarter + rest :])
-    found = {"positions": "sincos", "rope_grid": "resize", "text_length": text}
+    found = {"positions": "sincos", "text_length": text}
     found |= _size(fields, len(cells) // plane, plane // columns, columns)
     if columns > 1:
         scale = 1 / math.asin(float(cells[1, quarter]))

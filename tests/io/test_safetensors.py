@@ -236,7 +236,7 @@ def test_pickles_are_read_whole_and_in_shards(tmp_path):
 
 def test_a_pickle_with_code_is_refused(tmp_path):
     torch.save({"a": subprocess.Popen}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(FormatError, match="1 entries are no tensors, first 'a': .*Popen"):
+    with pytest.raises(FormatError, match=r"1 entries are no tensors, first 'a': .*Popen"):
         open_pickle(tmp_path)
 
 
