@@ -77,10 +77,13 @@ class SAT:
         table = names or IDENTITY
         foreign = table.write(tensors, str(path))
         key = "module" if table.prefix else "state_dict"
-        if path.suffix == ".pt" or key == "state_dict":
-            file = path if path.suffix == ".pt" else path / VAE
-            with atomic_file(file) as partial:
+        if path.suffix == ".pt":
+            with atomic_file(path) as partial:
                 write_state(partial, foreign, key)
+            return
+        if key == "state_dict":
+            with atomic_folder(path, manifest=VAE) as partial:
+                write_state(partial / VAE, foreign, key)
             return
         tag = self.tag or "1"
         with atomic_folder(path, manifest=LATEST, stale=(f"{tag}/{WEIGHTS}",)) as partial:
