@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cvx_core.errors import FormatError
+
+_LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|manifest|old)", re.DOTALL)
+"""Names that _partial makes, and what they turn into."""
 
 
 @contextmanager
@@ -61,24 +65,42 @@ def atomic_folder(path: Path, manifest: str, stale: Sequence[str] = ()) -> Itera
 
 
 @contextmanager
-def replaced_on_success(path: Path) -> Iterator[None]:
-    """Put what is at `path` aside while it is written anew; it comes back on an exception, else it goes.
+def staged(path: Path) -> Iterator[Path]:
+    """Yield a path of the same name in a hidden folder beside `path`; on success it becomes `path`.
 
-    A killed process leaves it under its temporary name, which ends in .old.
+    What else lies in that folder then goes beside `path`. What was at `path` stays until the new is complete;
+    a process killed between the last renames leaves it whole, under a name that ends in .old. On an exception
+    all is as before.
     """
-    aside = _partial(path).with_suffix(".old")
-    existed = os.path.lexists(path)
-    if existed:
-        path.rename(aside)
+    created = _make_parents(path)
+    folder = _partial(path)
     try:
-        yield
+        folder.mkdir()
+        yield folder / path.name
+        aside = _swap(folder, path)
     except BaseException:
-        if existed:
-            _remove(path)
-            aside.rename(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in created:
+            with suppress(OSError):
+                parent.rmdir()
         raise
-    if existed:
-        _remove(aside)
+    folder.rmdir()
+    _sync(path.parent)
+    _remove(aside)
+
+
+def is_left_over(path: Path) -> bool:
+    """Tell whether a path is, or lies in, what a killed process left of a write; it may be half written."""
+    return any(_LEFT_OVER.fullmatch(part) for part in path.resolve().parts)
+
+
+def left_overs(path: Path) -> list[Path]:
+    """Return what killed processes left of writes to `path`; a process that still runs has such files too."""
+    if not path.parent.is_dir():
+        return []
+    start = f".{path.name}."
+    beside = (item for item in path.parent.iterdir() if item.name.startswith(start))
+    return sorted(item for item in beside if _LEFT_OVER.fullmatch(item.name))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -90,6 +112,14 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, indented, with a final newline."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_word(path: Path) -> str:
+    """Return the text of a file of one line, such as a tracker. Raises FormatError where it is not text."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except ValueError as error:
+        raise FormatError(f"{path}: is not text. Copy it again, or write it by hand.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -121,9 +151,31 @@ def _move_into(partial: Path, path: Path, manifest: str, stale: Sequence[str]) -
         _sync(folder)
 
 
+def _make_parents(path: Path) -> list[Path]:
+    """Make the folders above a path; returns those that were not there, the deepest first."""
+    created = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return created
+
+
+def _swap(folder: Path, path: Path) -> Path:
+    """Move what is in a folder beside `path`, what has its name last; returns where the old `path` is now."""
+    aside = folder.with_suffix(".old")
+    if os.path.lexists(path):
+        path.rename(aside)
+    try:
+        for item in sorted(folder.iterdir(), key=lambda item: (item.name == path.name, item.name)):
+            item.replace(path.with_name(item.name))
+    except BaseException:
+        if os.path.lexists(aside):
+            aside.rename(path)
+        raise
+    return aside
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,15 @@ from typing import Any
 from cvx_core.errors import CvxError, FormatError, PluginError
 from cvx_core.interfaces import Format, Inferred, Tensors
 from cvx_core.registry import Component, Registry
-from cvx_io.atomic import read_json
+from cvx_io.atomic import is_left_over, read_json
 from cvx_io.conversion.request import Settings, configured
 from cvx_io.rename import Names, NamesError
+from cvx_io.tensors.dcp import SUFFIX
+from cvx_io.tensors.dcp_metadata import METADATA, read_checkpoint
+from cvx_io.tensors.header import read_header
+from cvx_io.tensors.pickles import load_pickle
 
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 MODELS = ("predictor", "autoencoder", "text_encoder")
 """Kinds of components that have weights."""
 
@@ -41,11 +47,16 @@ def find_format(path: Path, registry: Registry, name: str | None = None) -> Comp
 
     Raises FormatError where no format or more than one recognises the path; then it lists what lies inside.
     """
-    if name is not None:
-        return registry.get("format", name)
     if not path.exists():
         raise FormatError(f"{path}: no such file or folder. Check the path.")
-    found = [component for component in _formats(registry) if _accepts(component, path)]
+    if is_left_over(path):
+        raise FormatError(
+            f"{path}: left over from an interrupted write, so it may be half written. Write it again; what "
+            "ends in .old is what stood there before, and can be renamed."
+        )
+    if name is not None:
+        return registry.get("format", name)
+    found = formats_of(path, registry)
     if len(found) == 1:
         return found[0]
     if found:
@@ -57,12 +68,31 @@ def find_format(path: Path, registry: Registry, name: str | None = None) -> Comp
         raise FormatError(
             f"{path}: not the weights of one model, but it holds:\n{listed}\nConvert one of them."
         )
+    if path.is_dir() and not any(path.iterdir()):
+        raise FormatError(f"{path}: an empty folder. Check the path and that the download is complete.")
+    _read_on_trial(path)
     known = ", ".join(component.name for component in _formats(registry))
-    what = "an empty folder" if path.is_dir() and not any(path.iterdir()) else "of no format that is known"
     raise FormatError(
-        f"{path}: {what} ({known}). Check the path and that the download is "
+        f"{path}: of no format that is known ({known}). Check the path and that the download is "
         "complete, or say what it is with --from."
     )
+
+
+def formats_of(path: Path, registry: Registry) -> list[Component]:
+    """Return the formats that accept a path; none accepts what an interrupted write left."""
+    if is_left_over(path):
+        return []
+    return [component for component in _formats(registry) if _accepts(component, path)]
+
+
+def _read_on_trial(path: Path) -> None:
+    """Raise FormatError with what is wrong where the name promises weights that no format makes out."""
+    if path.suffix == ".safetensors":
+        read_header(path)
+    elif path.suffix in PICKLES:
+        load_pickle(path)
+    elif (path / METADATA).exists() or any(path.glob(f"*{SUFFIX}")):
+        read_checkpoint(path)
 
 
 def is_canonical(component: Component) -> bool:
@@ -95,7 +125,7 @@ def open_source(
         except NamesError as error:
             failures.append(error)
             continue
-        return tensors, recognise(tensors, registry, family) or Model(family, evidence="names")
+        return tensors, recognise(tensors, registry, family) or _named_only(path, family, component, registry)
     if is_canonical(component):
         tensors = fmt.open(path)
         return tensors, recognise(tensors, registry)
@@ -104,12 +134,24 @@ def open_source(
     raise FormatError(f"no names tables for {component.name!r}. Install a plugin that has one.")
 
 
+def _named_only(path: Path, family: str, fmt: Component, registry: Registry) -> Model:
+    """Return a model known by its names. Raises FormatError where its shapes ought to tell more."""
+    able = [component for component in _unique(registry) if _family(component) == family]
+    is_model = getattr(fmt.config, "holds", "") != "lora"
+    if is_model and any(hasattr(component.config, "infer") for component in able):
+        raise FormatError(
+            f"{path}: has names of {family!r}, but the shapes of none of its models, as where tensors are "
+            "missing or damaged. Are all files there? With --model PRESET, what is missing is listed."
+        )
+    return Model(family, evidence="names")
+
+
 def name_model(name: str, settings: Settings, registry: Registry) -> Model:
     """Return the model that `--model` means: a component, or a config.json. Raises FormatError otherwise."""
     path = Path(name)
     if path.suffix == ".json" or path.is_dir():
         file = path / "config.json" if path.is_dir() else path
-        found = _from_config(read_json(file), registry)
+        found = _from_config(read_json(file), registry, str(file))
         if found is None:
             raise FormatError(f"{file}: describes no model that an installed component recognises.")
         return _model(*found, settings, str(file))
@@ -127,14 +169,17 @@ def recognise(tensors: Tensors, registry: Registry, family: str | None = None) -
     """Return the model that tensors are of, by the config beside them or by their shapes."""
     described = tensors.facts.get("config")
     if isinstance(described, Mapping):
-        found = _from_config(described, registry)
+        found = _from_config(described, registry, "config.json")
         if found is not None:
             return _model(*found, {}, "config.json")
     for component in _unique(registry):
         infer = getattr(component.config, "infer", None)
         if infer is None or family not in (None, _family(component)):
             continue
-        inferred: Inferred | None = infer(tensors)
+        try:
+            inferred: Inferred | None = infer(tensors)
+        except (ArithmeticError, LookupError, TypeError, ValueError):  # shapes that no model has
+            continue
         if inferred is not None:
             named = registry.get(component.kind, inferred.fields["use"])
             return _model(named, inferred, {}, "shapes")
@@ -167,10 +212,15 @@ def _jsonable(value: Any) -> Any:
     return json.loads(value.model_dump_json()) if hasattr(value, "model_dump_json") else value
 
 
-def _from_config(described: Mapping[str, Any], registry: Registry) -> tuple[Component, Inferred] | None:
+def _from_config(
+    described: Mapping[str, Any], registry: Registry, where: str
+) -> tuple[Component, Inferred] | None:
     for component in _unique(registry):
         ask = getattr(component.config, "recognise", None)
-        fields = ask(described) if ask is not None else None
+        try:
+            fields = ask(described) if ask is not None else None
+        except (LookupError, TypeError, ValueError) as error:
+            raise FormatError(f"{where}: describes no valid {component.name}: {error}") from error
         if fields is not None:
             return registry.get(component.kind, fields["use"]), Inferred(fields)
     return None
@@ -209,6 +259,6 @@ def _inside(path: Path, registry: Registry) -> list[tuple[Path, str]]:
     for item in sorted([*path.glob("*"), *path.glob("*/*")]):
         if item.parent in (known for known, _ in found):
             continue
-        names = [component.name for component in _formats(registry) if _accepts(component, item)]
-        found += [(item, name) for name in names[:1]]
+        with suppress(OSError):  # what cannot be read is not offered
+            found += [(item, component.name) for component in formats_of(item, registry)[:1]]
     return found

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from cvx_core.errors import FormatError
 from cvx_core.interfaces import Deps, Format, TensorInfo, Tensors
 from cvx_core.registry import Component, Registry
 from cvx_core.weights import check_index
-from cvx_io.atomic import replaced_on_success, write_json
+from cvx_io.atomic import left_overs, staged, write_json
 from cvx_io.conversion import loras
 from cvx_io.conversion.detect import (
     Model,
@@ -26,7 +26,7 @@ from cvx_io.conversion.detect import (
     settle,
 )
 from cvx_io.conversion.report import End, Report
-from cvx_io.conversion.request import Request, configured
+from cvx_io.conversion.request import Request, configured, naming
 from cvx_io.conversion.verify import verify
 from cvx_io.lora import ALPHA, compare
 from cvx_io.progress import progress, size_text
@@ -35,6 +35,9 @@ from cvx_io.rename import Names
 from cvx_io.tensors.dtypes import is_float, num_bytes
 
 REPORT = "conversion.json"
+SUFFIXES = (".safetensors", ".pt", ".distcp", ".json")
+TRACKERS = ("latest", "latest_checkpointed_iteration.txt", ".metadata")
+"""What files of checkpoints end in, or are called."""
 
 
 @dataclass(frozen=True)
@@ -54,25 +57,25 @@ class Job:
 
         Raises FormatError where the disk is too small, the target is in the way, or what was written differs.
         """
-        target = self.request.target
-        check_target(target, self.request.source, self.request.overwrite)
+        target = self.request.target.resolve()  # where a link leads is replaced, not the link
+        check_target(self.request)
         check_space(target, self.report.target.size)
-        with replaced_on_success(target), _disk_errors(target):
+        with _disk_errors(target), naming(self.request), staged(target) as place:
             with progress("convert", self.report.target.size, in_bytes=True) as bar:
-                self.format.write(target, _watched(self.tensors, bar), self.names, self.config)
-            report = replace(self.report, checked=self._checked(verified))
-            write_json(report_path(target), report.to_json())
+                self.format.write(place, _watched(self.tensors, bar), self.names, self.config)
+            report = replace(self.report, checked=self._checked(place, verified))
+            write_json(report_path(place), report.to_json())
         return report
 
-    def _checked(self, verified: bool) -> list[str]:
-        """Read the target again where that was asked for; LoRA weights, which are small, in any case."""
+    def _checked(self, place: Path, verified: bool) -> list[str]:
+        """Read what was written where that was asked for; LoRA weights, which are small, in any case."""
         target = self.request.target
         if self.model.family == loras.FAMILY:
-            compare(self.format.open(target, self.names), self.tensors, str(target))
+            compare(self.format.open(place, self.names), self.tensors, str(target))
             return ["alpha / rank * B A read again: equal for every layer"]
         if not verified:
             return []
-        return verify(self.format.open(target, self.names), self.tensors, self.model, target)
+        return verify(self.format.open(place, self.names), self.tensors, self.model, target)
 
 
 def prepare(request: Request, registry: Registry | None = None) -> Job:
@@ -83,9 +86,18 @@ def prepare(request: Request, registry: Registry | None = None) -> Job:
     registry = registry or Registry.discover()
     target = registry.get("format", request.to)
     source = find_format(request.source, registry, request.source_format)
-    if loras.is_wanted(source, target):
-        return _adapter_job(request, registry, *loras.formats(source, target, registry))
-    return _weights_job(request, registry, source, target)
+    with naming(request):
+        if loras.is_wanted(source, target):
+            job = _adapter_job(request, registry, *loras.formats(source, target, registry))
+        else:
+            job = _weights_job(request, registry, source, target)
+    return replace(job, report=replace(job.report, notes=[*job.report.notes, *_left(request.target)]))
+
+
+def _left(target: Path) -> list[str]:
+    """Return a note on each thing that an interrupted conversion to the same target left."""
+    what = "left over from an interrupted write, unless another is still running; remove"
+    return [f"{what} {item}" for item in left_overs(target.resolve())]
 
 
 def _weights_job(request: Request, registry: Registry, source: Component, target: Component) -> Job:
@@ -280,41 +292,55 @@ def _watched(tensors: Tensors, bar: Any) -> Tensors:
     return replace(tensors, load=load)
 
 
-def check_target(target: Path, source: Path, overwrite: bool) -> None:
-    """Raise FormatError where something is at the target, unless it is a conversion to be replaced."""
-    if not os.path.lexists(target):
-        parent = next(folder for folder in target.absolute().parents if folder.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise FormatError(
-                f"{target}: cannot write in {parent}. Choose another place, or change its permissions."
-            )
+def check_target(request: Request) -> None:
+    """Raise FormatError where the target cannot be written, or holds anything but a conversion to replace."""
+    target, here = request.target, request.target.resolve()
+    if target.is_symlink() and not target.exists():
+        raise FormatError(f"{target}: is a link that leads nowhere. Remove it, or choose another target.")
+    for source in (request.source, request.lora):
+        if source is not None:
+            _check_apart(target, source)
+    parent = next(folder for folder in here.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise FormatError(
+            f"{target}: cannot write in {parent}. Choose another place, or change its permissions."
+        )
+    if not here.exists():
         return
-    here, there = target.resolve(), source.resolve()
-    if here == there or here in there.parents:
-        raise FormatError(f"{target}: holds the source {source}. Choose another target.")
-    if target.is_dir() and not any(target.iterdir()):
+    if here == Path.cwd() or here in Path.cwd().parents:
+        raise FormatError(f"{target}: holds the current folder. Give a folder in it, such as {here / 'out'}.")
+    if here.is_dir() and not any(here.iterdir()):
         return
-    if not overwrite:
-        hint = "" if report_path(target).exists() else " It has no finished conversion in it."
+    if not request.overwrite:
+        hint = "" if report_path(here).exists() else " It has no finished conversion in it."
         raise FormatError(
             f"{target}: exists already.{hint} Give --overwrite to replace it, or another target."
         )
-    if target.is_dir() and not _is_replaceable(target):
+    if here.is_dir() and (other := _other_things(here)):
         raise FormatError(
-            f"{target}: --overwrite replaces checkpoints only, and this folder holds other things. Remove it "
-            "yourself, or choose another target."
+            f"{target}: --overwrite replaces checkpoints only, and this folder holds other things: "
+            f"{listed(other)}. Remove it yourself, or choose another target."
         )
 
 
-def _is_replaceable(folder: Path) -> bool:
-    """Tell whether a folder is a checkpoint of some format, or what is left of one."""
-    if (folder / REPORT).exists():
-        return True
-    with suppress(FormatError):
-        find_format(folder, Registry.discover())
-        return True
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    return all(file.suffix in (".safetensors", ".pt", ".distcp", ".json") for file in files)
+def _check_apart(target: Path, source: Path) -> None:
+    here, there = target.resolve(), source.resolve()
+    if here == there or here in there.parents:
+        raise FormatError(f"{target}: holds the source {source}. Choose another target.")
+    if there in here.parents and there.is_dir():
+        raise FormatError(f"{target}: lies inside the source {source}. Choose a target outside of it.")
+
+
+def _other_things(folder: Path) -> list[str]:
+    """Return what makes a folder more than one checkpoint: other files, all of them if it is of no format."""
+    files = [file for file in sorted(folder.rglob("*")) if not file.is_dir()]
+    other = [file for file in files if file.suffix not in SUFFIXES and file.name not in TRACKERS]
+    if not other and not (folder / REPORT).exists():
+        try:
+            find_format(folder, Registry.discover())
+        except FormatError:
+            other = files
+    return [str(file.relative_to(folder)) for file in other]
 
 
 def check_space(target: Path, size: int) -> None:
@@ -339,7 +365,8 @@ def _disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
         raise FormatError(
-            f"{target}: {error.strerror or error}. Nothing is left behind; make room or change the "
-            "permissions, then convert again."
+            f"{target}: not written: {error.strerror or error}{where}. Nothing is left behind; make room or "
+            "change the permissions, then convert again."
         ) from error

@@ -8,7 +8,7 @@ from cvx_core.errors import FormatError
 from cvx_core.interfaces import Tensors
 from cvx_core.registry import Component, Registry
 from cvx_io.conversion.detect import find_format, is_canonical, open_source, tables
-from cvx_io.conversion.request import Request, Settings, configured
+from cvx_io.conversion.request import Request, Settings, configured, naming
 from cvx_io.lora import alphas_of, merge, modules, with_alpha
 from cvx_io.rename import NamesError
 
@@ -64,7 +64,8 @@ def merged(base: Tensors, request: Request, registry: Registry) -> tuple[Tensors
     component = find_format(request.lora, registry)
     source, _ = formats(component, component, registry)
     lora, note = _opened(request.lora, source, {}, request.alpha, registry)
-    result = merge(base, lora, request.scale)
+    with naming(request, request.lora):
+        result = merge(base, lora, request.scale)
     return result, f"merged {request.lora} (scale {request.scale:g}; {note})"
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,18 @@ class Request:
     scale: float = 1.0
     alpha: float | None = None
     overwrite: bool = False
+
+
+@contextmanager
+def naming(request: Request, path: Path | None = None) -> Iterator[None]:
+    """Put a path, the source's by default, before a FormatError that begins with no path and no option."""
+    paths = (request.source, request.target, request.lora, request.model)
+    try:
+        yield
+    except FormatError as error:
+        if str(error).startswith(("--", *(str(known) for known in paths if known is not None))):
+            raise
+        raise FormatError(f"{path or request.source}: {error}") from error
 
 
 def configured(component: Component, fields: Settings, option: str) -> Any:
