@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ALIGNMENT = 64
+STEM = "archive"
+"""The folder in the zip: what torch.save calls it where it knows no file name. Ours is a temporary one."""
 _ZIP64_FIELD = 20
 """Bytes that zipfile adds to an entry's header for sizes beyond 4 GiB."""
 
@@ -56,7 +58,7 @@ def torch_archive(path: Path, index: Mapping[str, TensorInfo], wrap: Any = None)
     alone by default.
     """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
-        archive = Archive(file, path.stem, index)
+        archive = Archive(file, STEM, index)
         state = OrderedDict((name, _Slot(str(key), info)) for key, (name, info) in enumerate(index.items()))
         archive._entry("data.pkl", _pickled(wrap(state) if wrap is not None else state))
         archive._entry("byteorder", b"little")

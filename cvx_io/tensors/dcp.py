@@ -7,7 +7,7 @@ from any of them, and opens no chunk before it is needed. No torch until a tenso
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from cvx_core.errors import FormatError
 from cvx_core.interfaces import TensorInfo, Tensors
@@ -82,7 +82,7 @@ def write_dcp(folder: Path, tensors: Tensors) -> None:
         for name, info in tensors.index.items():
             file.write(bytes(-file.tell() % ALIGNMENT))  # so that what is aligned in the archive stays so
             start = file.tell()
-            torch.save(_compact(name, tensors.load(name), info), file)
+            _save(_compact(name, tensors.load(name), info), file)
             length = file.tell() - start
             size, zero = torch.Size(info.shape), torch.Size([0] * len(info.shape))
             properties = meta.TensorProperties(getattr(torch, info.dtype))
@@ -93,6 +93,18 @@ def write_dcp(folder: Path, tensors: Tensors) -> None:
             results.append(WriteResult(index, length, _StorageInfo(Path(file.name).name, start, length)))
     paths = {name: (name,) for name in entries}  # the keys that lead to each in the state dict
     FileSystemWriter(folder, sync_files=False).finish(meta.Metadata(entries, paths), [results])
+
+
+def _save(tensor: Tensor, file: IO[bytes]) -> None:
+    """Write a tensor's archive. Raises OSError where the disk is full, which torch hides behind another."""
+    import torch
+
+    try:
+        torch.save(tensor, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def _compact(name: str, tensor: Tensor, expected: TensorInfo) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cvx_core.errors import FormatError
 from cvx_core.interfaces import TensorInfo
 from cvx_io.tensors.dtypes import size_of
 
@@ -40,7 +41,10 @@ class Stored:
         return (last + 1) * size_of(self.info.dtype)
 
     def load(self) -> Tensor:
-        """Return the tensor; its pages are read when touched, and private to this process."""
+        """Return the tensor; its pages are read when touched, and private to this process.
+
+        Raises FormatError where the file has become shorter.
+        """
         import torch
 
         shape, dtype = self.info.shape, getattr(torch, self.info.dtype)
@@ -48,9 +52,12 @@ class Stored:
             return torch.empty(shape, dtype=dtype)
         start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
         with self.file.open("rb") as file:
-            pages = mmap.mmap(
-                file.fileno(), self.offset + self.extent - start, access=mmap.ACCESS_COPY, offset=start
-            )
+            try:
+                pages = mmap.mmap(
+                    file.fileno(), self.offset + self.extent - start, access=mmap.ACCESS_COPY, offset=start
+                )
+            except ValueError as error:
+                raise FormatError(f"{self.file}: was changed meanwhile: {error}. Start again.") from error
         skip, size = self.offset - start, size_of(self.info.dtype)
         if skip % size:
             raw = torch.frombuffer(pages, dtype=torch.uint8, offset=skip, count=self.extent)
