@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 import torch
@@ -11,8 +10,10 @@ import torch
 from cvx_core import device as devices
 from cvx_core.errors import PluginError
 from cvx_core.interfaces import Deps, Parts
+from cvx_core.mesh import Mesh, solve
 from cvx_core.registry import Choice
 from cvx_core.spec import Spec
+from cvx_core.world import World
 
 MODULES = ("text_encoder", "autoencoder", "predictor")
 PLAIN = ("scheduler", "dataset", "task")
@@ -24,7 +25,9 @@ def build(spec: Spec) -> Parts:
 
     Raises PluginError where a factory allocates or keeps buffers, CvxError where the device is not there.
     """
-    device = devices.pick(spec.run.device, int(os.environ.get("LOCAL_RANK", "0")))
+    world = World.stated()
+    device = devices.pick(spec.run.device, world.local_rank)
+    mesh = Mesh(solve(spec.requests, world.size), world.rank, device.type)
     dtype = devices.dtype(spec.run.dtype, device, spec.card.dtype)
     deps = Deps(spec)
     made: dict[str, Any] = {
@@ -37,7 +40,7 @@ def build(spec: Spec) -> Parts:
     made |= {section: spec.choices[section].build(deps) for section in PLAIN if section in spec.choices}
     optimizer = spec.choices["optimizer"].build(deps) if "optimizer" in spec.choices else None
     make_optimizer = optimizer.build if optimizer is not None else None
-    return Parts(device=device, trainable=trainable, make_optimizer=make_optimizer, **made)
+    return Parts(device=device, mesh=mesh, trainable=trainable, make_optimizer=make_optimizer, **made)
 
 
 def _module(choice: Choice, deps: Deps, dtype: torch.dtype) -> torch.nn.Module:

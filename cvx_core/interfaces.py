@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from cvx_core.random import Draws
     from cvx_core.spec import Spec
 
 
@@ -47,6 +48,15 @@ class Batch(NamedTuple):
     prompts: tuple[str, ...]
     video: Tensor | None = None
     image: Tensor | None = None
+
+
+class Work(NamedTuple):
+    """A batch on its way to a training step. cursor: where the data goes on after it."""
+
+    cursor: Any
+    batch: Batch
+    draws: Draws
+    features: Features | None = None
 
 
 class Features(NamedTuple):
@@ -356,8 +366,13 @@ class Parts:
     task: Any = None
     mesh: Any = None
     trainable: frozenset[str] = frozenset()
+    elsewhere: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # the predictor's, on other ranks
     loaded: Mapping[str, Any] = field(default_factory=dict)  # by section: where its weights came from
     data_axes: tuple[str, ...] = ("dp_replicate", "dp_shard")
-    encode: Callable[..., Features] | None = None
+    encoder: Any = None  # batches to features, one at a time; slots: moments_of, embeds_of
+    encode: Callable[[Iterator[Work]], Iterator[Work]] | None = None
     forward_backward: Callable[..., Tensor] | None = None
     make_optimizer: Callable[[Sequence[ParamGroup]], torch.optim.Optimizer] | None = None
+    before_update: Callable[[bool], None] = lambda _is_last: (
+        None
+    )  # before each batch of a step: is it the last?

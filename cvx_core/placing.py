@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from enum import IntEnum
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,23 +17,9 @@ from cvx_core.interfaces import Deps, Parts
 from cvx_core.random import keyed
 from cvx_core.registry import Choice
 from cvx_core.spec import Spec
-from cvx_core.weights import check_index, copy_into
+from cvx_core.weights import check_index, copy_into, copy_part
 
 log = logging.getLogger("cvx")
-
-
-class Stage(IntEnum):
-    """When a strategy is applied; the order in a recipe's list does not matter."""
-
-    ADAPT = 0
-    PIPELINE = 1
-    TENSOR = 2
-    CONTEXT = 3
-    AUTOENCODER = 4
-    RUN = 5
-    COMPILE = 6
-    SHARD = 7
-    FEED = 8
 
 
 def place(parts: Parts, spec: Spec) -> Parts:
@@ -49,13 +35,21 @@ def place(parts: Parts, spec: Spec) -> Parts:
         module = getattr(parts, section)
         if module is not None:
             module.to_empty(device=parts.device)
-            loaded[section] = fill(module, spec.choices[section], spec, section)
+            elsewhere = parts.elsewhere if section == "predictor" else {}
+            loaded[section] = fill(module, spec.choices[section], spec, section, elsewhere)
     return replace(parts, loaded=loaded)
 
 
-def fill(module: nn.Module, choice: Choice, spec: Spec, section: str) -> dict[str, Any]:
+def fill(
+    module: nn.Module,
+    choice: Choice,
+    spec: Spec,
+    section: str,
+    elsewhere: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Load a module's weights from the recipe's format, or initialise them from the seed.
 
+    elsewhere: {parameter: shape} of those that other ranks hold. Of a DTensor only the local part is read.
     Returns the account of it, plain values: what each parameter came from, and what was left out and why.
     """
     if choice.weights is None:
@@ -74,10 +68,11 @@ def fill(module: nn.Module, choice: Choice, spec: Spec, section: str) -> dict[st
     family = getattr(choice.config, "family", choice.name)
     tensors = source.build(Deps(spec)).open(path, spec.registry.table(family, source.component))
     params = dict(module.named_parameters())
-    wanted = {name: tuple(parameter.shape) for name, parameter in params.items()}
+    wanted = {name: tuple(parameter.shape) for name, parameter in params.items()} | dict(elsewhere)
     aliases: Mapping[str, str | None] = getattr(module, "aliases", {})
     coverage = check_index(tensors.index, wanted, path, aliases)
-    casts = copy_into(params, tensors.read(coverage.consumed), coverage.consumed)
+    here = {name: target for name, target in coverage.consumed.items() if target in params}
+    casts = copy_into(params, tensors.read(here), here)
     log.info("%s: %d tensors from %s", section, len(coverage.consumed), path)
     for (stored, wanted_dtype), count in casts.items():
         log.info("%s: %d tensors cast from %s to %s", section, count, stored, wanted_dtype)
@@ -107,9 +102,9 @@ def initialise(module: nn.Module, seed: int) -> None:
         for name, parameter in module.named_parameters():
             generator = keyed(seed, "parameter", name)
             value = custom(name, tuple(parameter.shape), generator) if custom is not None else None
-            parameter.copy_(
-                default_initial(name, tuple(parameter.shape), generator) if value is None else value
-            )
+            if value is None:
+                value = default_initial(name, tuple(parameter.shape), generator)
+            copy_part(parameter, value)
 
 
 def default_initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -12,6 +12,7 @@ from cvx_core.errors import CvxError
 from cvx_core.recipe import load
 from cvx_core.registry import KINDS, Registry
 from cvx_core.spec import Spec, resolve
+from cvx_core.world import World, joined
 
 EXAMPLES = """examples:
   python -m cvx_core.run recipe.yaml
@@ -35,11 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(spec: Spec) -> None:
     """Build, place and run a spec: the library's form of the command."""
+    from cvx_core import device
     from cvx_core.building import build
     from cvx_core.placing import place
 
-    parts = place(build(spec), spec)
-    parts.task.run(parts, spec)
+    world = World.stated()
+    with joined(world, device.pick(spec.run.device, world.local_rank).type):
+        parts = place(build(spec), spec)
+        parts.task.run(parts, spec)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -53,11 +57,13 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     if args.recipe is None:
         raise CvxError("no recipe given. Try: python -m cvx_core.run recipe.yaml, or --help.")
-    spec = resolve(load(args.recipe, args.set))
+    world = World.stated()
+    spec = resolve(load(args.recipe, args.set), world=args.world or (None if args.check else world.size))
     if args.check:
         print(report(spec))
         return 0
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    level = logging.INFO if world.rank == 0 else logging.WARNING  # the first process speaks for all
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
     logging.getLogger("cvx").info("%s", report(spec))
     run(spec)
     return 0
@@ -101,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replace one value of it"
     )
     parser.add_argument("--check", action="store_true", help="resolve and check the recipe, then stop")
+    parser.add_argument(
+        "--world", type=int, metavar="N", help="with --check: also check the mesh for N processes"
+    )
     parser.add_argument(
         "--list", nargs="?", const="", metavar="KIND", help="list components, all or of one kind"
     )

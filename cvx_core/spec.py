@@ -18,6 +18,7 @@ from cvx_core.card import Card
 from cvx_core.config import Config
 from cvx_core.errors import FormatError, PluginError, Problem, RecipeError, did_you_mean
 from cvx_core.fields import FieldReader
+from cvx_core.mesh import MeshError, Request, check_owners, solve
 from cvx_core.recipe import Address, Recipe
 from cvx_core.registry import Choice, Registry
 from cvx_core.run_config import LoaderConfig, RunConfig, VideoConfig
@@ -48,6 +49,11 @@ class Spec:
     parallel: tuple[Choice, ...] = ()
     notes: tuple[str, ...] = ()
     card: Card = field(default_factory=Card)
+
+    @property
+    def requests(self) -> list[Request]:
+        """What the strategies ask of the mesh."""
+        return [Request(choice.name, choice.config.degrees()) for choice in self.parallel]
 
     @property
     def video(self) -> VideoConfig:
@@ -98,14 +104,17 @@ class Spec:
         return section in (*getattr(task, "needs", ()), *getattr(task, "optional", ()))
 
 
-def resolve(recipe: Recipe, registry: Registry | None = None) -> Spec:
-    """Turn a recipe into a spec. Raises RecipeError with every problem found, before anything is built."""
-    return _Resolver(recipe, registry or Registry.discover()).spec()
+def resolve(recipe: Recipe, registry: Registry | None = None, world: int | None = None) -> Spec:
+    """Turn a recipe into a spec. Raises RecipeError with every problem found, before anything is built.
+
+    world: the number of processes, if known; then the mesh must multiply out to it.
+    """
+    return _Resolver(recipe, registry or Registry.discover(), world).spec()
 
 
 class _Resolver:
-    def __init__(self, recipe: Recipe, registry: Registry):
-        self.recipe, self.registry = recipe, registry
+    def __init__(self, recipe: Recipe, registry: Registry, world: int | None):
+        self.recipe, self.registry, self.world = recipe, registry, world
         self.problems: list[Problem] = []
         self.notes: list[str] = []
         self.choices: dict[str, Choice] = {}
@@ -254,6 +263,11 @@ class _Resolver:
                 self._collect((section,), choice.config.check(spec))
         for index, choice in enumerate(spec.parallel):
             self._collect(("parallel", index), choice.config.check(spec))
+        try:
+            solve(spec.requests, self.world) if self.world is not None else check_owners(spec.requests)
+        except MeshError as error:
+            address = ("parallel",) if error.owner is None else ("parallel", error.owner)
+            self._problem(address, str(error))
 
     def _collect(self, base: Address, problems: Iterable[Problem]) -> None:
         for problem in problems:

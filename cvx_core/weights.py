@@ -88,13 +88,28 @@ def copy_into(
             param = params[consumed[name]]
             if tensor.dtype != param.dtype:
                 casts[_dtype(tensor), _dtype(param)] += 1
-            param.copy_(tensor)
+            copy_part(param, tensor)
             waiting.discard(consumed[name])
     if waiting:
         raise FormatError(
             f"{len(waiting)} tensors never came, first {min(waiting)!r}. Was the file changed meanwhile?"
         )
     return dict(casts)
+
+
+def copy_part(param: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into a parameter; into a DTensor only the part that this rank holds."""
+    if not hasattr(param, "placements"):  # asked so, for importing DTensor takes a while
+        param.copy_(whole)
+        return
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    assert isinstance(param, DTensor)
+    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    if 0 not in shape:
+        part = whole[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))]
+        param.to_local().copy_(part)
 
 
 def _listing(lists: Iterable[tuple[str, list[str]]]) -> str:

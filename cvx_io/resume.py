@@ -11,16 +11,19 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as meta
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from cvx_core.errors import FormatError
+from cvx_core.mesh import Mesh
 from cvx_io.atomic import atomic_folder
 from cvx_io.tensors.dcp_metadata import Checkpoint, Place, read_checkpoint
 
@@ -28,23 +31,49 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"^step-(\d{8})$")
 
 
-def save(folder: Path, step: int, state: Mapping[str, Any], record: Mapping[str, Any], keep: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    record: Mapping[str, Any],
+    keep: int,
+    mesh: Mesh | None = None,
+) -> Path:
     """Write a checkpoint of `state` (nested dicts of tensors and numbers) and drop all but the newest `keep`.
 
     record: small JSON facts kept in the manifest. A killed save leaves no folder that `newest` returns.
+    With a mesh of several ranks all of them call this; each writes what it holds, the first the manifest.
     """
     path = folder / f"step-{step:08d}"
-    if path.exists():
+    alone = mesh is None or mesh.degrees.world == 1
+    first = mesh is None or mesh.is_first
+    if first and path.exists():
         shutil.rmtree(path)
-    with atomic_folder(path, MANIFEST) as partial, warnings.catch_warnings():
+    context = atomic_folder(path, MANIFEST) if first else nullcontext()
+    with context as made, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that no process group is there
-        dcp.save(dict(state), checkpoint_id=partial, no_dist=True)
-        files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        manifest = {"step": step, "files": files, **record}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for old in complete(folder)[:-keep]:
+        partial = _agreed(made, alone)
+        dcp.save(dict(state), checkpoint_id=partial, no_dist=alone)
+        if first:
+            files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+            manifest = {"step": step, "files": files, **record}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for old in complete(folder)[:-keep] if first else ():
         shutil.rmtree(old)
+    if mesh is not None:
+        mesh.barrier()
     return path
+
+
+def _agreed(partial: Path | None, alone: bool) -> Path:
+    """Return the folder that the first rank made."""
+    if alone:
+        assert partial is not None
+        return partial
+    told = [partial]
+    dist.broadcast_object_list(told, src=0)
+    assert told[0] is not None
+    return told[0]
 
 
 def complete(folder: Path) -> list[Path]:

@@ -4,14 +4,15 @@ encoded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cvx_core.card import Card
-from cvx_core.interfaces import Batch, Features, Parts
+from cvx_core.interfaces import Batch, Features, Parts, Work
+from cvx_core.random import Draws
 
 
 class Moments(NamedTuple):
@@ -29,13 +30,24 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Encodes batches for training. What `remember` was given is never encoded again."""
+    """Encodes batches for training. What `remember` was given is never encoded again.
+
+    Slots: moments_of(video) returns mean and standard deviation of the posterior, each (B,C,T,h,w);
+    embeds_of(prompts) returns embeddings (B,L,D) and mask (B,L).
+    """
 
     def __init__(self, parts: Parts, card: Card, image_noise: tuple[float, float] | None):
         """image_noise: mean and deviation of the log of the pixel noise on images; None adds none."""
         self._parts, self._card, self._image_noise = parts, card, image_noise
         self._rows: dict[str, Encoded] = {}
         self._texts: dict[str, tuple[Tensor, Tensor]] = {}
+        self.moments_of: Callable[[Tensor], tuple[Tensor, Tensor]] = parts.autoencoder.moments
+        self.embeds_of: Callable[[Sequence[str]], tuple[Tensor, Tensor]] = parts.text_encoder.encode
+
+    def stream(self, works: Iterator[Work]) -> Iterator[Work]:
+        """Yield work with its features: the default of `parts.encode`."""
+        for work in works:
+            yield work._replace(features=self(work.batch, work.draws))
 
     @torch.no_grad()
     def remember(self, batch: Batch) -> None:
@@ -45,50 +57,55 @@ class Encoder:
         captions = dict.fromkeys(caption for row in batch.rows for caption in row.captions or ("",))
         new = [caption for caption in captions if caption not in self._texts]
         if new:
-            embeds, masks = self._parts.text_encoder.encode(new)
+            embeds, masks = self.embeds_of(new)
             self._texts |= {text: (e, m) for text, e, m in zip(new, embeds, masks, strict=True)}
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, generator: torch.Generator) -> Features:
-        """Return features of a batch; posterior and pixel noise are drawn from `generator`, row by row."""
+    def __call__(self, batch: Batch, draws: Draws) -> Features:
+        """Return features of a batch; posterior and pixel noise are drawn row by row."""
         known = all(row.id in self._rows for row in batch.rows)
-        encoded = [self._rows[row.id] for row in batch.rows] if known else self._encode(batch, generator)
+        encoded = [self._rows[row.id] for row in batch.rows] if known else self._encode(batch, draws)
         scale = self._parts.autoencoder.scale_factor
-        latent = torch.stack([scale * draw(item.video, generator) for item in encoded])
-        images = [draw(item.image, generator) for item in encoded if item.image is not None]
-        condition = image_condition(torch.stack(images), latent, scale, self._card) if images else None
+        videos, images = draws.of("posterior"), draws.of("image-posterior")
+        latent = torch.stack([scale * draw(item.video, g) for item, g in zip(encoded, videos, strict=True)])
+        drawn = [
+            draw(item.image, g) for item, g in zip(encoded, images, strict=True) if item.image is not None
+        ]
+        condition = image_condition(torch.stack(drawn), latent, scale, self._card) if drawn else None
         return Features(pad_front(latent, self._card), *self._text(batch.prompts), condition)
 
     def _text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return embeddings (B,L,D) and mask (B,L) of prompts."""
         if any(prompt not in self._texts for prompt in prompts):
-            result: tuple[Tensor, Tensor] = self._parts.text_encoder.encode(prompts)
-            return result
+            return self.embeds_of(prompts)
         found = [self._texts[prompt] for prompt in prompts]
         return torch.stack([embeds for embeds, _ in found]), torch.stack([mask for _, mask in found])
 
-    def _encode(self, batch: Batch, generator: torch.Generator | None) -> list[Encoded]:
-        """Return the moments of every row; `generator` draws the pixel noise on images, if there is any."""
+    def _encode(self, batch: Batch, draws: Draws | None) -> list[Encoded]:
+        """Return the moments of every row; `draws` gives the pixel noise on images, if there is any."""
         assert batch.video is not None
         videos = self._moments(batch.video)
         if self._card.image_latent == "none":
             return [Encoded(video, None) for video in videos]
         assert batch.image is not None
-        images = self._moments(self._noised(batch.image, generator)[:, :, None])
+        images = self._moments(self._noised(batch.image, draws)[:, :, None])
         return [Encoded(video, image) for video, image in zip(videos, images, strict=True)]
 
     def _moments(self, video: Tensor) -> list[Moments]:
         weight = next(self._parts.autoencoder.parameters())
-        mean, std = self._parts.autoencoder.moments(video.to(weight.device, weight.dtype))
+        mean, std = self.moments_of(video.to(weight.device, weight.dtype))
         return [Moments(m, s) for m, s in zip(mean, std, strict=True)]
 
-    def _noised(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _noised(self, images: Tensor, draws: Draws | None) -> Tensor:
         """Add pixel noise of a log-normal strength per row (the reference: mean -3, deviation 0.5)."""
-        if self._image_noise is None or generator is None:
+        if self._image_noise is None or draws is None:
             return images
         mean, deviation = self._image_noise
-        sigma = torch.exp(mean + deviation * torch.randn(len(images), generator=generator))
-        return images + sigma.view(-1, 1, 1, 1) * torch.randn(images.shape, generator=generator)
+        noisy = []
+        for image, generator in zip(images, draws.of("pixels"), strict=True):
+            sigma = torch.exp(mean + deviation * torch.randn((), generator=generator))
+            noisy.append(image + sigma * torch.randn(image.shape, generator=generator))
+        return torch.stack(noisy)
 
 
 def draw(moments: Moments, generator: torch.Generator) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cvx_core.interfaces import Batch, Deps, Parts
-from cvx_core.random import keyed
+from cvx_core.random import Draws
 from cvx_core.spec import Spec
 from cvx_io.atomic import write_json
 from cvx_io.progress import progress
@@ -33,7 +33,7 @@ class Evaluate:
 
     def prepare(self, parts: Parts, spec: Spec) -> Parts:
         """Encode without pixel noise on images: the measure is of the clean condition."""
-        return replace(parts, encode=Encoder(parts, spec.card, image_noise=None))
+        return replace(parts, encoder=Encoder(parts, spec.card, image_noise=None))
 
     @torch.no_grad()
     def run(self, parts: Parts, spec: Spec) -> None:
@@ -78,13 +78,15 @@ class Evaluate:
     def _measure(
         self, batch: Batch, number: int, parts: Parts, spec: Spec, losses: list[list[float]]
     ) -> None:
-        assert parts.encode is not None
-        features = parts.encode(batch, keyed(spec.run.seed, "features", number))
+        places = tuple(range(len(batch.rows)))
+        features = parts.encoder(batch, Draws(spec.run.seed, number, places))
         for band, (low, high) in enumerate(self._bounds()):
             for draw in range(self._config.draws):
-                generator = keyed(spec.run.seed, "evaluate", number, band, draw)
-                timestep = torch.randint(low, high, (len(batch.rows),), generator=generator)
-                losses[band] += prediction_loss(parts, features, generator, timestep).tolist()
+                draws = Draws(
+                    spec.run.seed, (number * self._config.bands + band) * self._config.draws + draw, places
+                )
+                drawn = [torch.randint(low, high, (1,), generator=g) for g in draws.of("evaluate")]
+                losses[band] += prediction_loss(parts, features, draws, torch.cat(drawn)).tolist()
 
 
 def _psnr(batch: Batch, parts: Parts) -> list[float]:

@@ -12,25 +12,29 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from cvx_core import device as devices
 from cvx_core.errors import CvxError
-from cvx_core.interfaces import Batch, ParamGroup, Parts
+from cvx_core.interfaces import ParamGroup, Parts, Work
+from cvx_core.random import Draws
 from cvx_core.spec import Spec
 from cvx_io import resume
 from cvx_io.atomic import write_json, write_text
 from cvx_io.loader import Cursor, Loader
 from cvx_io.log import RunLog
 from cvx_io.progress import progress
+from cvx_parallel.gradients import clip
 from cvx_plugins.tasks import LoopConfig
 from cvx_plugins.tasks.schedule import lr_scale
 
 log = logging.getLogger("cvx")
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # names, so that another layout can resume
-StepFunction = Callable[[Batch, int], Tensor]
-"""(batch, number of the batch since the start) -> loss; leaves gradients of loss / accumulate."""
+StepFunction = Callable[[Work], Tensor]
+"""Returns the loss of this rank's rows; leaves gradients of loss / accumulate."""
+Stream = Callable[[Iterator[Work]], Iterator[Work]]
 
 
 class Loop:
@@ -39,51 +43,71 @@ class Loop:
     def __init__(self, config: LoopConfig, parts: Parts, spec: Spec, module: nn.Module):
         assert parts.make_optimizer is not None
         self._config, self._spec, self._module, self._device = config, spec, module, parts.device
-        self._loaded = parts.loaded
+        self._loaded, self._mesh, self._before_update = parts.loaded, parts.mesh, parts.before_update
         self._named = [(name, p) for name, p in module.named_parameters() if name in parts.trainable]
         self._optimizer = parts.make_optimizer([ParamGroup(self._named, {})])
         for group in self._optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         self._folder = spec.output / "checkpoints"
 
-    def run(self, loader: Loader, step_function: StepFunction) -> bool:
-        """Train up to `steps` or `stop_at`. Returns whether `steps` was reached; saves in every case."""
+    def run(self, loader: Loader, step_function: StepFunction, encode: Stream | None = None) -> bool:
+        """Train up to `steps` or `stop_at`. Returns whether `steps` was reached; saves in every case.
+
+        encode: what batches go through on their way to the step, which may read ahead.
+        """
         config = self._config
         step, cursor = self._resume(loader)
         last = config.stop_at or config.steps
-        write_text(self._spec.output / "recipe.resolved.yaml", self._spec.to_yaml())
-        write_json(self._spec.output / "weights.json", dict(self._loaded))
-        records = RunLog(self._spec.output, step, config.tensorboard)
-        batches = loader.iterate(cursor)
+        records = self._start_records(step)
+        works = self._works(loader, cursor, step * config.accumulate)
+        stream = encode(works) if encode is not None else works
         saved = step
         with progress("train", last, step) as bar, _stop_requested() as stopping:
             while step < last and not stopping():
                 began = time.perf_counter()
-                cursor, loss, rows = self._accumulate(batches, step, step_function)
+                cursor, loss, rows = self._accumulate(stream, step, step_function)
                 norm = self._update(step)
                 step += 1
                 if step % config.log_every == 0 or step == last:
                     exact = {"loss": loss, "lr": self._lr(), "grad_norm": norm, "rows": rows}
-                    records.write(step, exact, self._speed(began, len(rows)))
+                    if records is not None:
+                        records.write(step, exact, self._speed(began, len(rows)))
                 bar.step(f"loss {loss:.4f}")
                 if config.save_every is not None and step % config.save_every == 0:
                     saved = self._save(step, cursor, loader)
         if saved != step:
             self._save(step, cursor, loader)
-        records.close()
+        if records is not None:
+            records.close()
         return step == config.steps
 
+    def _start_records(self, step: int) -> RunLog | None:
+        """Write what the run is, and open its log; on the first rank only."""
+        if not self._mesh.is_first:
+            return None
+        write_text(self._spec.output / "recipe.resolved.yaml", self._spec.to_yaml())
+        write_json(self._spec.output / "weights.json", dict(self._loaded))
+        return RunLog(self._spec.output, step, self._config.tensorboard)
+
+    def _works(self, loader: Loader, cursor: Cursor, number: int) -> Iterator[Work]:
+        for after, batch in loader.iterate(cursor):
+            rows = tuple(loader.rank + i * loader.world for i in range(len(batch.rows)))
+            draws = Draws(self._spec.run.seed, number, rows, loader.rank, loader.world)
+            yield Work(after, batch, draws)
+            number += 1
+
     def _accumulate(
-        self, batches: Iterator[tuple[Cursor, Batch]], step: int, step_function: StepFunction
+        self, stream: Iterator[Work], step: int, step_function: StepFunction
     ) -> tuple[Cursor, float, list[str]]:
         """Run the batches of one optimizer step; return the cursor after them, their mean loss and their
         rows.
         """
         total, rows = 0.0, []
         for k in range(self._config.accumulate):
-            cursor, batch = next(batches)
-            loss = float(step_function(batch, step * self._config.accumulate + k))
-            names = [row.id for row in batch.rows]
+            work = next(stream)
+            self._before_update(k == self._config.accumulate - 1)
+            loss = float(self._mean(step_function(work)))
+            names = [row.id for row in work.batch.rows]
             if not math.isfinite(loss):
                 raise CvxError(
                     f"step {step + 1}: the loss is {loss} on rows {', '.join(names)}. "
@@ -91,14 +115,20 @@ class Loop:
                 )
             total += loss / self._config.accumulate
             rows += names
-        return cursor, total, rows
+        return work.cursor, total, rows
+
+    def _mean(self, loss: Tensor) -> Tensor:
+        """Return the mean of a loss over the ranks that read different rows."""
+        if (group := self._mesh.group("batch")) is not None:
+            dist.all_reduce(loss, group=group)
+            loss = loss / self._mesh.size("batch")
+        return loss
 
     def _update(self, step: int) -> float:
         """Clip, step and clear the gradients; return the norm before clipping."""
         for group in self._optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_scale(step, self._config)
-        params = [p for _, p in self._named]
-        norm = float(nn.utils.clip_grad_norm_(params, self._config.grad_clip or math.inf))
+        norm = float(clip([p for _, p in self._named], self._config.grad_clip, self._mesh))
         if not math.isfinite(norm):
             bad = [name for name, p in self._named if p.grad is not None and not torch.isfinite(p.grad).all()]
             raise CvxError(
@@ -132,9 +162,8 @@ class Loop:
             "recipe": self._spec.resolved,
             "digest": self._spec.digest,
         }
-        path = resume.save(
-            self._folder, step, {"model": model, "optimizer": optimizer}, record, self._config.keep
-        )
+        state = {"model": model, "optimizer": optimizer}
+        path = resume.save(self._folder, step, state, record, self._config.keep, self._mesh)
         log.info("saved %s", path)
         return step
 

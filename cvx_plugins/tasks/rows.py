@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,14 +38,13 @@ def make_loader(
     reader = spec.choices["reader"].build(Deps(spec))
     pick = Pick(video.frames, video.fps, video.rule, video.start, video.skip, video.short)
 
-    def decode(row: Row, generator: torch.Generator) -> Item:
-        return read_row(row, reader, pick, video.height, video.width, generator) if pixels else Item()
-
     loader = Loader(
         rows,
-        decode,
+        Decode(reader, pick, video.height, video.width) if pixels else no_pixels,
         config.batch,
         spec.run.seed,
+        parts.mesh.place("batch"),
+        parts.mesh.size("batch"),
         shuffle=config.shuffle and not once,
         drop_last=config.drop_last and not once,
         workers=config.workers,
@@ -54,3 +55,21 @@ def make_loader(
         "data: %d rows, %d batches of %d an epoch%s", account.rows, account.batches, config.batch, dropped
     )
     return loader
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Reads a row at the recipe's geometry; a value, so that workers of any kind can be given it."""
+
+    reader: Any
+    pick: Pick
+    height: int
+    width: int
+
+    def __call__(self, row: Row, generator: torch.Generator) -> Item:
+        return read_row(row, self.reader, self.pick, self.height, self.width, generator)
+
+
+def no_pixels(_row: Row, _generator: torch.Generator) -> Item:
+    """Read nothing: for rows whose features are in memory."""
+    return Item()

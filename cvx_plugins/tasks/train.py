@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvx_core.interfaces import Batch, Condition, Deps, Features, Parts
-from cvx_core.random import keyed
+from cvx_core.interfaces import Condition, Deps, Features, Parts, Work
+from cvx_core.random import Draws
 from cvx_core.spec import Spec
 from cvx_io.progress import progress
 from cvx_plugins.tasks import TrainConfig
@@ -34,44 +33,42 @@ class Train:
         config = self._config
         encoder = Encoder(parts, spec.card, config.image_noise)
 
-        def forward_backward(features: Features, generator: torch.Generator) -> Tensor:
-            return diffusion_loss(parts, features, generator, config.accumulate)
+        def forward_backward(features: Features, draws: Draws) -> Tensor:
+            return diffusion_loss(parts, features, draws, config.accumulate)
 
-        return replace(parts, encode=encoder, forward_backward=forward_backward)
+        return replace(parts, encoder=encoder, encode=encoder.stream, forward_backward=forward_backward)
 
     def run(self, parts: Parts, spec: Spec) -> None:
         """Train to `steps`, or `stop_at`; write log, checkpoints and the export."""
         assert parts.encode is not None
         assert parts.forward_backward is not None
-        encode, forward_backward = parts.encode, parts.forward_backward
+        forward_backward = parts.forward_backward
         if self._config.memory:
-            self._fill_memory(encode, parts, spec)
+            self._fill_memory(parts, spec)
         loader = make_loader(parts, spec, pixels=not self._config.memory)
-        seed = spec.run.seed
 
-        def step(batch: Batch, number: int) -> Tensor:
-            features = encode(batch, keyed(seed, "features", number))
-            features = self._drop(features, parts, keyed(seed, "dropout", number))
-            return forward_backward(features, keyed(seed, "noise", number))
+        def step(work: Work) -> Tensor:
+            assert work.features is not None
+            return forward_backward(self._drop(work.features, parts, work.draws), work.draws)
 
         parts.predictor.train()
-        finished = Loop(self._config, parts, spec, parts.predictor).run(loader, step)
+        finished = Loop(self._config, parts, spec, parts.predictor).run(loader, step, parts.encode)
         if finished and self._config.export is not None:
             export_model(parts, spec, self._config.export, whole=self._config.export_whole)
 
-    def _fill_memory(self, encode: Any, parts: Parts, spec: Spec) -> None:
+    def _fill_memory(self, parts: Parts, spec: Spec) -> None:
         """Encode every row once, before the first step."""
         loader = make_loader(parts, spec, once=True)
         with progress("encode", loader.account().batches) as bar:
             for _, batch in loader.iterate(epochs=1):
-                encode.remember(batch)
+                parts.encoder.remember(batch)
                 bar.step()
 
-    def _drop(self, features: Features, parts: Parts, generator: torch.Generator) -> Features:
+    def _drop(self, features: Features, parts: Parts, draws: Draws) -> Features:
         """Drop text and image of some rows, so that guidance has an unconditional prediction to use."""
-        count = len(features.latent)
-        text = torch.rand(count, generator=generator) < self._config.text_dropout
-        image = torch.rand(count, generator=generator) < self._config.image_dropout
+        chances = torch.stack([torch.rand(2, generator=generator) for generator in draws.of("dropout")])
+        text = chances[:, 0] < self._config.text_dropout
+        image = chances[:, 1] < self._config.image_dropout
         if text.any():
             embeds, mask = features.text_embeds.clone(), features.text_mask.clone()
             empty_embeds, empty_mask = parts.text_encoder.unconditional(1)
@@ -84,27 +81,26 @@ class Train:
         return features
 
 
-def diffusion_loss(
-    parts: Parts, features: Features, generator: torch.Generator, accumulate: int = 1
-) -> Tensor:
+def diffusion_loss(parts: Parts, features: Features, draws: Draws, accumulate: int = 1) -> Tensor:
     """Return the loss of one batch after leaving its gradients, divided by `accumulate`.
 
     The reference weights the error of x0 by 1 / (1 - alpha_bar), which is the plain error of v.
     """
-    loss = prediction_loss(parts, features, generator).mean()
+    loss = prediction_loss(parts, features, draws).mean()
     (loss / accumulate).backward()
     return loss.detach()
 
 
-def prediction_loss(
-    parts: Parts, features: Features, generator: torch.Generator, timestep: Tensor | None = None
-) -> Tensor:
+def prediction_loss(parts: Parts, features: Features, draws: Draws, timestep: Tensor | None = None) -> Tensor:
     """Return the mean squared error per row (B,), float32. Timesteps are drawn where none are given."""
     latent = features.latent
     if timestep is None:
-        timestep = parts.scheduler.draw(len(latent), generator)
+        drawn = (parts.scheduler.draw(1, g, draws.rank, draws.world) for g in draws.of("timestep"))
+        timestep = torch.cat(list(drawn))
     timestep = timestep.to(latent.device)
-    noise = torch.randn(latent.shape, generator=generator).to(latent.device)
+    noise = torch.stack([torch.randn(latent.shape[1:], generator=g) for g in draws.of("noise")]).to(
+        latent.device
+    )
     schedule = parts.scheduler.noise
     noisy = schedule.add_noise(latent.float(), noise, timestep)
     target = schedule.target(latent.float(), noise, timestep)

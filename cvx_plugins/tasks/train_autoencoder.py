@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvx_core.errors import CvxError
-from cvx_core.interfaces import Batch, Deps, Parts
+from cvx_core.interfaces import Deps, Parts, Work
 from cvx_core.random import keyed
 from cvx_core.spec import Spec
 from cvx_plugins.tasks import TrainAutoencoderConfig
@@ -37,10 +37,10 @@ class TrainAutoencoder:
         autoencoder, config = parts.autoencoder, self._config
         weight = next(autoencoder.parameters())
 
-        def step(batch: Batch, number: int) -> Tensor:
-            assert batch.video is not None
-            video = batch.video.to(weight.device, weight.dtype)
-            generator = keyed(spec.run.seed, "noise", number)
+        def step(work: Work) -> Tensor:
+            assert work.batch.video is not None
+            video = work.batch.video.to(weight.device, weight.dtype)
+            generator = keyed(spec.run.seed, "noise", work.draws.number, work.draws.rank)
             loss = self.loss(autoencoder, video, generator)
             (loss / config.accumulate).backward()
             return loss.detach()

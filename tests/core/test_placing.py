@@ -8,10 +8,11 @@ from torch import nn
 
 from cvx_core import Component, Config, FormatError, InputPath, PluginError, Registry
 from cvx_core.building import build
-from cvx_core.placing import Stage, initialise, place
+from cvx_core.placing import initialise, place
 from cvx_core.recipe import parse
 from cvx_core.run_config import TaskConfig
 from cvx_core.spec import resolve
+from cvx_core.strategy import Stage, StrategyConfig
 from cvx_core.testing.format import as_tensors
 
 
@@ -51,7 +52,7 @@ class Job:
         pass
 
 
-class StrategyConfig(Config):
+class MarkConfig(StrategyConfig):
     stage: int = 0
     mark: str = ""
 
@@ -92,7 +93,7 @@ def registry():
     components = [
         Component("predictor", "net", NetConfig, f"{here}:net"),
         Component("task", "job", JobConfig, f"{here}:job"),
-        Component("strategy", "mark", StrategyConfig, f"{here}:mark"),
+        Component("strategy", "mark", MarkConfig, f"{here}:mark"),
         Component("format", "box", BoxConfig, f"{here}:box"),
     ]
     Marking.applied.clear()

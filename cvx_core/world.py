@@ -1,0 +1,58 @@
+"""This process among those of a run: rank and size as a launcher states them; joining the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+from cvx_core.device import TABLE
+from cvx_core.errors import CvxError
+
+_USUAL = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+
+
+@dataclass(frozen=True)
+class World:
+    """rank: this process, 0 is the first; size: processes in all; local_rank: this process on its host."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def stated(cls) -> World:
+        """Return what torchrun or SLURM states in the environment; alone where nothing is.
+
+        Raises CvxError where it contradicts itself.
+        """
+        values = {name: os.environ.get(name) for name in _USUAL}
+        try:
+            rank, size, local = (int(values[name] or usual) for name, usual in _USUAL.items())
+        except ValueError as error:
+            raise CvxError(f"the environment states {values}, not numbers. Launch with torchrun.") from error
+        if not 0 <= rank < size:
+            raise CvxError(f"the environment states RANK={rank} of WORLD_SIZE={size}. Launch with torchrun.")
+        return cls(rank, size, local)
+
+
+@contextmanager
+def joined(world: World, device_type: str, timeout_s: float = 600.0) -> Iterator[None]:
+    """Join the other processes for as long as the context lasts; alone, or where joined already, do nothing.
+
+    On accelerators the group has a CPU backend too, for checkpoints saved in the background.
+    """
+    import torch.distributed as dist
+
+    if world.size == 1 or dist.is_initialized():
+        yield
+        return
+    backend = TABLE[device_type].backend
+    both = backend if device_type == "cpu" else f"cpu:gloo,{device_type}:{backend}"
+    dist.init_process_group(both, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
