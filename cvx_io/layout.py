@@ -155,9 +155,13 @@ def _check_ranks(stage: Sequence[Rank], number: int, where: str) -> None:
         if shapes:
             name = shapes[0]
             raise FormatError(
-                f"{where}: {name!r} is {held[name].info} on tensor-parallel rank {rank} of stage {number}, "
-                f"but {stage[0][name].info} on rank 0. Ranks must hold equal parts of one save."
+                f"{where}: {name!r} is {_text(held[name].info)} on tensor-parallel rank {rank} of stage "
+                f"{number}, but {_text(stage[0][name].info)} on rank 0. Get all files from one save."
             )
+
+
+def _text(info: TensorInfo) -> str:
+    return f"{info.dtype} {list(info.shape)}"
 
 
 def _blocks(rank: Rank, names: Names, number: int, where: str) -> int:

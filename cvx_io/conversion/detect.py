@@ -90,7 +90,11 @@ def _read_on_trial(path: Path) -> None:
     if path.suffix == ".safetensors":
         read_header(path)
     elif path.suffix in PICKLES:
-        load_pickle(path)
+        tree = load_pickle(path)
+        if not isinstance(tree, Mapping):
+            raise FormatError(
+                f"{path}: holds {tree!r:.80}, no mapping from names to tensors. Save a state_dict()."
+            )
     elif (path / METADATA).exists() or any(path.glob(f"*{SUFFIX}")):
         read_checkpoint(path)
 
@@ -220,7 +224,10 @@ def _from_config(
         try:
             fields = ask(described) if ask is not None else None
         except (LookupError, TypeError, ValueError) as error:
-            raise FormatError(f"{where}: describes no valid {component.name}: {error}") from error
+            why = [f"{detail['loc']}: {detail['msg']}" for detail in getattr(error, "errors", list)()]
+            raise FormatError(
+                f"{where}: describes no valid {component.name}: {'; '.join(why) or repr(error)}. Correct it."
+            ) from error
         if fields is not None:
             return registry.get(component.kind, fields["use"]), Inferred(fields)
     return None

@@ -15,7 +15,7 @@ from cvx_core.errors import FormatError
 from cvx_core.interfaces import Deps, Format, TensorInfo, Tensors
 from cvx_core.registry import Component, Registry
 from cvx_core.weights import check_index
-from cvx_io.atomic import left_overs, staged, write_json
+from cvx_io.atomic import is_left_over, left_overs, staged, write_json
 from cvx_io.conversion import loras
 from cvx_io.conversion.detect import (
     Model,
@@ -35,6 +35,7 @@ from cvx_io.rename import Names
 from cvx_io.tensors.dtypes import is_float, num_bytes
 
 REPORT = "conversion.json"
+FLOATS = ("float", "bfloat")
 SUFFIXES = (".safetensors", ".pt", ".distcp", ".json")
 TRACKERS = ("latest", "latest_checkpointed_iteration.txt", ".metadata")
 """What files of checkpoints end in, or are called."""
@@ -60,10 +61,13 @@ class Job:
         target = self.request.target.resolve()  # where a link leads is replaced, not the link
         check_target(self.request)
         check_space(target, self.report.target.size)
-        with _disk_errors(target), naming(self.request), staged(target) as place:
-            with progress("convert", self.report.target.size, in_bytes=True) as bar:
-                self.format.write(place, _watched(self.tensors, bar), self.names, self.config)
-            report = replace(self.report, checked=self._checked(place, verified))
+        with naming(self.request), _disk_errors(target), staged(target) as place:
+            try:
+                with progress("convert", self.report.target.size, in_bytes=True) as bar:
+                    self.format.write(place, _watched(self.tensors, bar), self.names, self.config)
+                report = replace(self.report, checked=self._checked(place, verified))
+            except FormatError as error:  # formats know only where they write for the time being
+                raise FormatError(str(error).replace(str(place), str(self.request.target))) from error
             write_json(report_path(place), report.to_json())
         return report
 
@@ -87,6 +91,7 @@ def prepare(request: Request, registry: Registry | None = None) -> Job:
     target = registry.get("format", request.to)
     source = find_format(request.source, registry, request.source_format)
     with naming(request):
+        loras.check_options(request, source, target)
         if loras.is_wanted(source, target):
             job = _adapter_job(request, registry, *loras.formats(source, target, registry))
         else:
@@ -175,7 +180,13 @@ def arranged(
     wanted = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     computed = model.config.computed() if hasattr(model.config, "computed") else {}
     aliases: Mapping[str, str | None] = getattr(module, "aliases", {})
-    coverage = check_index(found.index, wanted, f"{where} as {model.name}", aliases)
+    try:
+        coverage = check_index(found.index, wanted, f"{where} as {model.name}", aliases)
+    except FormatError as error:
+        hint = (
+            "  Is a file of a rank, stage or shard missing? Else say what it is with --model and --set-model."
+        )
+        raise FormatError(f"{error}\n{hint}") from error
     target_of = dict(coverage.consumed)
     kept = names.keeps if names is not None else ()
     insisted = names.insists if names is not None else ()
@@ -205,8 +216,13 @@ def built(model: Model) -> Any:
     import torch
 
     assert model.component is not None
-    with torch.device("meta"):
-        return model.component.load()(model.config, Deps())
+    try:
+        with torch.device("meta"):
+            return model.component.load()(model.config, Deps())
+    except RuntimeError as error:
+        raise FormatError(
+            f"a {model.name} of these sizes cannot be built: {error}. Check --set-model, and the config.json."
+        ) from error
 
 
 def _check_known(model: Model, needed: Any) -> None:
@@ -265,7 +281,7 @@ def _cast(tensors: Tensors, dtype: str | None) -> tuple[Tensors, dict[str, int]]
     changing = {
         name: info.dtype
         for name, info in tensors.index.items()
-        if is_float(info.dtype) and info.dtype != dtype and not name.endswith(ALPHA)
+        if info.dtype.startswith(FLOATS) and info.dtype != dtype and not name.endswith(ALPHA)
     }
     index = {**tensors.index, **{name: TensorInfo(tensors.index[name].shape, dtype) for name in changing}}
 
@@ -365,7 +381,8 @@ def _disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
+        file = error.filename
+        where = f" ({file})" if file is not None and not is_left_over(Path(file)) else ""
         raise FormatError(
             f"{target}: not written: {error.strerror or error}{where}. Nothing is left behind; make room or "
             "change the permissions, then convert again."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from cvx_core.errors import FormatError
@@ -26,8 +27,36 @@ def is_wanted(source: Component, target: Component) -> bool:
     return holds_lora(source) or holds_lora(target)
 
 
+def check_options(request: Request, source: Component, target: Component) -> None:
+    """Raise FormatError on an option that this conversion has no use for."""
+    if is_wanted(source, target):
+        what = "converts LoRA weights alone"
+        idle = {
+            "--merge-lora": request.lora is not None,
+            "--model": request.model is not None,
+            "--set-model": bool(request.model_settings),
+            "--scale": request.scale != 1,
+        }
+    else:
+        what = "merges no LoRA weights"
+        idle = {"--alpha": request.alpha is not None, "--scale": request.scale != 1}
+        idle = {} if request.lora is not None else idle
+    if given := [option for option, is_given in idle.items() if is_given]:
+        raise FormatError(
+            f"{given[0]}: does nothing here, as {source.name} to {target.name} {what}. Leave it out."
+        )
+    if not math.isfinite(request.scale):
+        raise FormatError(f"--scale {request.scale}: expected a finite number, such as 0.8.")
+
+
 def formats(source: Component, target: Component, registry: Registry) -> tuple[Component, Component]:
     """Return both ends as formats of LoRA weights. Raises FormatError where one cannot hold them."""
+    if is_canonical(source) and not holds_lora(source):
+        known = ", ".join(c.name for c, _ in registry.all("format") if holds_lora(c))
+        raise FormatError(
+            f"{source.name!r} holds a model's weights, and no LoRA weights apart from them. If these are "
+            f"LoRA weights, say of which format with --from: {known}."
+        )
     ends = []
     for component in (source, target):
         if not holds_lora(component):
@@ -62,7 +91,8 @@ def merged(base: Tensors, request: Request, registry: Registry) -> tuple[Tensors
     """Return a model's weights with LoRA weights merged in, and a note."""
     assert request.lora is not None
     component = find_format(request.lora, registry)
-    source, _ = formats(component, component, registry)
+    with naming(request, request.lora):
+        source, _ = formats(component, component, registry)
     lora, note = _opened(request.lora, source, {}, request.alpha, registry)
     with naming(request, request.lora):
         result = merge(base, lora, request.scale)

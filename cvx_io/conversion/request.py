@@ -11,11 +11,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cvx_core.config import Config
 from cvx_core.errors import FormatError, did_you_mean
 from cvx_core.registry import Component
 
 Settings = Mapping[str, Any]
+SIDES = {"--set": ("--set-from", "to_read"), "--set-from": ("--set", "to_write")}
+"""{option: the other one, and where a format's config lists the fields that only that one has a use for}."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,40 @@ def configured(component: Component, fields: Settings, option: str) -> Any:
     """Return a component's config. Raises FormatError naming the option of each field that is wrong."""
     model = component.config
     assert model is not None
+    _check_side(component, fields, option)
     try:
-        return model.model_validate_json(json.dumps({**component.preset, **fields}), strict=True)
+        return model.model_validate_json(json.dumps({**component.preset, **fields}, default=str), strict=True)
     except ValidationError as error:
-        lines = [
-            _line(model, component.name, option, dict(detail)) for detail in error.errors(include_url=False)
-        ]
+        wrong: dict[str, list[Mapping[str, Any]]] = {}
+        for detail in error.errors(include_url=False):
+            wrong.setdefault(str(detail["loc"][0]) if detail["loc"] else "", []).append(dict(detail))
+        lines = [_line(component, name, details, fields, option) for name, details in wrong.items()]
         raise FormatError("\n".join(lines)) from error
 
 
-def _line(model: type[Config], name: str, option: str, detail: Mapping[str, Any]) -> str:
-    field_name = str(detail["loc"][0]) if detail["loc"] else ""
+def _check_side(component: Component, fields: Settings, option: str) -> None:
+    """Raise FormatError on fields that would do nothing: paths, and what is for the other direction."""
+    if option not in SIDES:
+        return
+    if "path" in fields:
+        raise FormatError(f"{option} path: paths are SRC and DST. Leave it out.")
+    other, what = SIDES[option]
+    if idle := [name for name in fields if name in getattr(component.config, what, ())]:
+        raise FormatError(f"{option} {idle[0]}: does nothing here. Give it with {other}, or leave it out.")
+
+
+def _line(
+    component: Component, name: str, details: list[Mapping[str, Any]], fields: Settings, option: str
+) -> str:
+    assert component.config is not None
+    known = component.config.model_fields
+    detail = details[0]
     if detail["type"] == "extra_forbidden":
-        known = ", ".join(sorted(model.model_fields))
-        near = did_you_mean(field_name, model.model_fields)
-        return f"{option} {field_name}: {name!r} has no such field.{near} Fields: {known}."
+        near = did_you_mean(name, known)
+        listed = ", ".join(sorted(known))
+        return f"{option} {name}: {component.name!r} has no such field.{near} Fields: {listed}."
     message = detail["ctx"]["error"] if detail["type"] == "value_error" else detail["msg"]
-    return f"{option} {field_name}: got {detail.get('input')!r}; {message}."
+    if len(details) > 1 or len(detail["loc"]) > 1:
+        meaning = known[name].description or "Another value is needed."
+        return f"{option} {name}: got {fields.get(name)!r}; {message}. {' '.join(meaning.split())}"
+    return f"{option} {name}: got {detail.get('input')!r}; {message}."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,8 @@ def load_pickle(path: Path, start: int = 0, length: int | None = None) -> Any:
             KeyError,
             ValueError,
             struct.error,
-            NotImplementedError,
+            zlib.error,
+            RuntimeError,
         ) as error:
             raise FormatError(_damaged(path, file, error)) from error
 
@@ -106,8 +108,8 @@ def _legacy(path: Path) -> Tensors:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the damage leads to
         raise FormatError(
-            f"{path}: cannot be read as plain tensors: {str(error).splitlines()[0]} "
-            "If the file is complete, save its tensors again with the current torch.save."
+            f"{path}: in torch's format from before version 1.6, and cannot be read as plain tensors: "
+            f"{type(error).__name__}. If the file is complete, save its tensors again with torch.save."
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise FormatError(

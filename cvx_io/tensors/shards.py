@@ -6,6 +6,7 @@ An index file is JSON: {"metadata": {...}, "weight_map": {tensor name: file name
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -16,6 +17,9 @@ KINDS = (
     ("*pytorch_model*.bin.index.json", "*pytorch_model*.bin"),
 )
 """(pattern of index files, pattern of weight files), the preferred kind first."""
+
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
 def has_weights(folder: Path) -> bool:
@@ -34,6 +38,11 @@ def weights_file(path: Path) -> Path:
         indices, files = sorted(path.glob(index_pattern)), sorted(path.glob(pattern))
         shards = set(read_index(indices[0]).values()) if indices else set()
         candidates = indices + [file for file in files if file not in shards]
+        if len(candidates) > 1 and not indices and all(_SHARD.search(file.name) for file in candidates):
+            raise FormatError(
+                f"{path}: holds {len(candidates)} shards such as {candidates[0].name}, but no "
+                f"{index_pattern}, which lists them. Download it too."
+            )
         if len(candidates) > 1:
             listed = ", ".join(file.name for file in candidates)
             raise FormatError(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
 
 from cvx_core import Component, Config, FormatError, Plan, hookimpl
 from cvx_core.config import InputPath, Positive
@@ -18,6 +20,7 @@ class HFConfig(Config):
     holds_models: ClassVar[bool] = True
     keeps_config: ClassVar[bool] = True
     needs_config: ClassVar[bool] = True
+    to_write: ClassVar[tuple[str, ...]] = ("shard_limit",)
     lora_format: ClassVar[str] = "diffusers-lora"
 
     canonical: ClassVar[bool] = True  # names in the files are ours, unless a names table says otherwise
@@ -39,6 +42,7 @@ class HFConfig(Config):
 class DCPConfig(Config):
     """A torch distributed checkpoint: a folder with .metadata and .distcp files, of FSDP or of a run here."""
 
+    to_read: ClassVar[tuple[str, ...]] = ("part",)
     keeps_config: ClassVar[bool] = True
 
     canonical: ClassVar[bool] = True  # names in the files are ours, unless a names table says otherwise
@@ -54,6 +58,7 @@ class SATConfig(Config):
     """A SAT transformer folder with `latest`, or one .pt file, as CogVideo's original code has them."""
 
     lora_format: ClassVar[str] = "sat-lora"
+    to_read: ClassVar[tuple[str, ...]] = ("lora",)
 
     path: InputPath | None = None
     """The folder or the file. Needed to read."""
@@ -62,17 +67,31 @@ class SATConfig(Config):
     lora: Literal["refuse", "drop"] = "refuse"
     """What to do, when reading, with LoRA matrices in a file."""
 
+    @field_validator("tag", mode="before")
+    @classmethod
+    def _is_a_name(cls, tag: Any) -> Any:
+        """Take 500 for "500", as options on the command line are."""
+        name = str(tag) if type(tag) is int else tag
+        if isinstance(name, str) and (Path(name).name != name or name in ("", "..")):
+            raise ValueError("expected the plain name of a folder, such as 500 or 500-ema")
+        return name
+
+
+Sizes = Annotated[tuple[Positive, ...], Field(min_length=1)]
+
 
 class MegatronConfig(Config):
     """A Megatron tree of MindSpeed-MM, split over tensor-parallel ranks and pipeline stages."""
 
     lora_format: ClassVar[str] = "megatron-lora"
+    to_read: ClassVar[tuple[str, ...]] = ("replicas",)
+    to_write: ClassVar[tuple[str, ...]] = ("tp", "pp", "iteration", "positions")
 
     path: InputPath | None = None
     """The folder with the tracker, the folder of an iteration, or a merged file. Needed to read."""
     tp: Positive = 1
     """Tensor-parallel ranks to write for."""
-    pp: Positive | tuple[Positive, ...] | tuple[tuple[Positive, ...], ...] = 1
+    pp: Positive | Sizes | Annotated[tuple[Sizes, ...], Field(min_length=1)] = 1
     """Pipeline stages to write: their number, the layers of each, or a list of such lists, one for each chunk
     of a virtual pipeline."""
     iteration: Positive | None = None
@@ -85,6 +104,10 @@ class MegatronConfig(Config):
     def stages(self, layers: int) -> tuple[tuple[int, ...], ...]:
         """Return the layers of each stage, by virtual chunk. Raises FormatError where they do not fit."""
         if isinstance(self.pp, int):
+            if self.pp > max(layers, 1):
+                raise FormatError(
+                    f"pp={self.pp} is more than the model's {layers} layers. Choose fewer stages."
+                )
             if layers % self.pp:
                 raise FormatError(
                     f"pp={self.pp} does not divide {layers} layers. Give the layers of each stage, such as "

@@ -40,10 +40,18 @@ class LayerZero:
     def open(self, path: Path, names: Names | None = None) -> Tensors:
         """Return whole weights. Raises FormatError where ranks are missing or elements not covered once."""
         folder = _iteration(path)
+        try:
+            return self._joined(folder, names or IDENTITY)
+        except (AttributeError, TypeError, ValueError, LookupError) as error:
+            raise FormatError(
+                f"{folder}: not laid out as LayerZero's files are: {error!r}. Copy or save them again."
+            ) from error
+
+    def _joined(self, folder: Path, table: Names) -> Tensors:
         ranks = [_Shard.of(file, self.weights) for file in _shards(folder)]
         ranks.sort(key=lambda rank: rank.number)
         _check_complete(ranks, folder)
-        first, table = ranks[0], names or IDENTITY
+        first = ranks[0]
         degree = {key: int(first.place.get(f"{key}_degree", 1)) for key in ("tp", "pp")}
         grid = [
             [

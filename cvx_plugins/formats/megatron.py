@@ -8,15 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from cvx_core import FormatError
 from cvx_core.interfaces import TensorInfo, Tensors
-from cvx_io.atomic import atomic_file, atomic_folder
+from cvx_io.atomic import atomic_file, atomic_folder, read_word
 from cvx_io.layout import Grid, Part, Rank, assemble, split, split_info, stages_of
 from cvx_io.lora import is_lora
+from cvx_io.regroup import listed
 from cvx_io.rename import IDENTITY, Names, Split
 from cvx_io.tensors.archive import Archive, torch_archive
 from cvx_io.tensors.pickles import load_pickle
@@ -75,7 +77,13 @@ class Megatron:
             dropped, facts = first.dropped, first.facts
         whole = assemble(grid, table, where, self.cfg.replicas == "equal")
         source = Tensors(whole.index, whole.load, {**dropped, **whole.dropped}, facts=facts)
-        return table.read(source, where)
+        found = table.read(source, where)
+        if table.last and not any(name.startswith(tuple(table.last)) for name in whole.index):
+            raise FormatError(
+                f"{where}: holds none of {listed(list(table.last))}, with which the last stage ends. "
+                "Copy the files of all stages."
+            )
+        return found
 
     def write(
         self,
@@ -195,12 +203,15 @@ class _Content:
         if not isinstance(tree, Mapping):
             raise FormatError(f"{path}: expected a mapping, got {type(tree).__name__}. Check the path.")
         models = _chunks(tree) or {"": tree}
-        dropped = {name: "training state" for name in tree if models.keys() != {""} and name not in models}
+        beside = [name for name in tree if models.keys() != {""} and name not in models]
+        dropped = {str(name): "training state" for name in beside}
         chunks: list[Rank] = []
         for model in models.values():
-            tensors = {name: value for name, value in model.items() if isinstance(value, Stored)}
+            tensors = {str(name): value for name, value in model.items() if isinstance(value, Stored)}
             dropped |= {
-                name: f"no tensor, but {type(model[name]).__name__}" for name in model if name not in tensors
+                str(name): f"no tensor, but {type(value).__name__}"
+                for name, value in model.items()
+                if str(name) not in tensors
             }
             prefix = "predictor." if all(name.startswith("predictor.") for name in tensors) else ""
             chunks.append({name.removeprefix(prefix): Part(t.info, t.load) for name, t in tensors.items()})
@@ -223,24 +234,29 @@ def _chunks(tree: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def _facts(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return plain values of `args`, and what our own LoRA files state in its place."""
-    args = tree.get("args")
-    stated = {**(vars(args) if isinstance(args, Inert) else {}), **(tree.get(LORA) or {})}
+    args, own = tree.get("args"), tree.get(LORA)
+    stated = {**(vars(args) if isinstance(args, Inert) else {}), **(own if isinstance(own, Mapping) else {})}
     plain = (int, float, str, bool, type(None))
-    return {"args": {name: value for name, value in stated.items() if isinstance(value, plain)}}
+    return {"args": {str(name): value for name, value in stated.items() if isinstance(value, plain)}}
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"mp_rank_*/{WEIGHTS}"))
+    return sorted(file for file in folder.glob(f"mp_rank_*/{WEIGHTS}") if _RANK.fullmatch(file.parent.name))
 
 
 def _iteration(path: Path) -> Path:
     """Return the folder with the ranks' folders."""
     if _files(path):
         return path
-    tracker = next((path / name for name in TRACKERS if (path / name).is_file()), None)
-    if tracker is not None:
-        text = tracker.read_text(encoding="utf-8").strip()
-        if text != "release" and not text.isdigit():
+    trackers = [path / name for name in TRACKERS if (path / name).is_file()]
+    if trackers:
+        tracker, text = trackers[0], read_word(trackers[0])
+        if other := [file for file in trackers if read_word(file) != text]:
+            raise FormatError(
+                f"{tracker}: holds {text!r}, but {other[0].name} holds {read_word(other[0])!r}. Remove one, "
+                "or give the folder of an iteration."
+            )
+        if text != "release" and not re.fullmatch("[0-9]+", text):
             raise FormatError(f"{tracker}: holds {text!r}; expected `release` or the number of an iteration.")
         folder = path / ("release" if text == "release" else f"iter_{int(text):07}")
         if not _files(folder):
@@ -257,22 +273,39 @@ def _iteration(path: Path) -> Path:
 
 def _contents(folder: Path) -> dict[tuple[int, int], _Content]:
     """Return every file by tensor-parallel rank and stage. Raises FormatError where the grid has holes."""
-    files = {}
+    files: dict[tuple[int, int], Path] = {}
     for file in _files(folder):
-        if match := _RANK.fullmatch(file.parent.name):
-            files[int(match[1]), int(match[2] or 0)] = file
+        match = _RANK.fullmatch(file.parent.name)
+        assert match is not None
+        at = int(match[1]), int(match[2] or 0)
+        if at in files:
+            raise FormatError(
+                f"{folder}: {files[at].parent.name} and {file.parent.name} are the same rank and stage, of "
+                "different saves. Remove one."
+            )
+        files[at] = file
     contents = {at: _Content.of(file) for at, file in files.items()}
     args = contents[min(contents)].facts.get("args", {})
-    tp = max(1 + max(at[0] for at in files), int(args.get("tensor_model_parallel_size") or 1))
-    pp = max(1 + max(at[1] for at in files), int(args.get("pipeline_model_parallel_size") or 1))
-    missing = [(r, s) for r in range(tp) for s in range(pp) if (r, s) not in files]
-    if missing:
-        names = ", ".join(f"mp_rank_{r:02}" + (f"_{s:03}" if pp > 1 else "") for r, s in missing[:4])
+    tp, pp = (
+        max(1 + max(at[dim] for at in files), _count(args.get(f"{axis}_model_parallel_size")))
+        for dim, axis in enumerate(("tensor", "pipeline"))
+    )
+    absent = ((r, s) for r in range(tp) for s in range(pp) if (r, s) not in files)
+    if names := [f"mp_rank_{r:02}" + (f"_{s:03}" if pp > 1 else "") for r, s in islice(absent, 4)]:
         raise FormatError(
-            f"{folder}: {len(missing)} of {tp} x {pp} files (tensor-parallel ranks x stages) are missing: "
-            f"{names}. Copy all of them."
+            f"{folder}: {tp * pp - len(files)} of {tp} x {pp} files (tensor-parallel ranks x stages) are "
+            f"missing: {', '.join(names)}. Copy all of them."
+        )
+    if len({len(content.chunks) for content in contents.values()}) > 1:
+        raise FormatError(
+            f"{folder}: files hold different numbers of virtual chunks. Get all of them from one save."
         )
     return contents
+
+
+def _count(value: Any) -> int:
+    """Return the number of ranks that a file states, 1 where it states none."""
+    return value if type(value) is int and value > 0 else 1
 
 
 def _grid(contents: Mapping[tuple[int, int], _Content]) -> Grid:

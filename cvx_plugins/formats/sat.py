@@ -13,7 +13,7 @@ from typing import Any
 
 from cvx_core import FormatError
 from cvx_core.interfaces import Tensors
-from cvx_io.atomic import atomic_file, atomic_folder
+from cvx_io.atomic import atomic_file, atomic_folder, read_word
 from cvx_io.lora import alphas_of, modules, stating, without_alpha
 from cvx_io.regroup import listed
 from cvx_io.rename import IDENTITY, Names
@@ -41,7 +41,10 @@ class SAT:
         if path.is_dir():
             if not any((path / name).is_file() for name in (LATEST, WEIGHTS, VAE)):
                 return False
-            return not _is_adapter(self.file(path))
+            try:
+                return not _is_adapter(self.file(path))
+            except FormatError:  # opening it says what is wrong
+                return True
         return path.suffix in (".pt", ".pth") and path.is_file() and _is_adapter(path) is False
 
     def open(self, path: Path, names: Names | None = None) -> Tensors:
@@ -97,10 +100,13 @@ class SAT:
             return path
         folder = path
         if (path / LATEST).is_file() or self.tag is not None:
-            tag = self.tag or (path / LATEST).read_text(encoding="utf-8").strip()
-            if not tag or Path(tag).name != tag:
+            tag = self.tag or read_word(path / LATEST)
+            if Path(tag).name != tag or tag in ("", ".."):
                 raise FormatError(f"{path / LATEST}: holds {tag!r}; expected the name of a folder beside it.")
             folder = path / tag
+            if not folder.is_dir():
+                said = "no such folder" if self.tag else f"no such folder, but {LATEST} names it"
+                raise FormatError(f"{folder}: {said}. Copy it again, or choose a save: --set-from tag=NAME.")
         elif (path / VAE).is_file():
             return path / VAE
         ranks = sorted(file.name for file in folder.glob("mp_rank_*_model_states.pt"))
@@ -127,9 +133,9 @@ def read_state(file: Path) -> Tensors:
         raise FormatError(
             f"{file}: has neither 'module' nor 'state_dict', as SAT's files do. Check the path."
         )
-    state = {name: value for name, value in tree[key].items() if isinstance(value, Stored)}
-    odd = dict.fromkeys(tree[key].keys() - state.keys(), "no tensor")
-    engine = dict.fromkeys(tree.keys() - {key, ALPHA}, "state of the training engine")
+    state = {str(name): value for name, value in tree[key].items() if isinstance(value, Stored)}
+    odd = {str(name): "no tensor" for name in tree[key] if str(name) not in state}
+    engine = {str(name): "state of the training engine" for name in tree if name not in (key, ALPHA)}
     facts = {name: tree[name] for name in (ALPHA,) if name in tree}
     return replace(as_tensors(state), dropped={**odd, **engine}, facts=facts)
 
@@ -158,7 +164,7 @@ def _is_adapter(path: Path) -> bool | None:
     key = _weights_key(tree)
     if key is None:
         return None
-    return bool(tree[key]) and all(any(mark in name for mark in ADAPTER) for name in tree[key])
+    return bool(tree[key]) and all(any(mark in str(name) for mark in ADAPTER) for name in tree[key])
 
 
 class SATLora(SAT):
