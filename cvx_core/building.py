@@ -40,7 +40,10 @@ def build(spec: Spec) -> Parts:
     made |= {section: spec.choices[section].build(deps) for section in PLAIN if section in spec.choices}
     optimizer = spec.choices["optimizer"].build(deps) if "optimizer" in spec.choices else None
     make_optimizer = optimizer.build if optimizer is not None else None
-    return Parts(device=device, mesh=mesh, trainable=trainable, make_optimizer=make_optimizer, **made)
+    trains = spec.choices["task"].config.trains
+    return Parts(
+        device=device, mesh=mesh, trains=trains, trainable=trainable, make_optimizer=make_optimizer, **made
+    )
 
 
 def _module(choice: Choice, deps: Deps, dtype: torch.dtype) -> torch.nn.Module:

@@ -365,6 +365,7 @@ class Parts:
     adapter: Any = None
     task: Any = None
     mesh: Any = None
+    trains: str | None = None  # the section that the task trains
     trainable: frozenset[str] = frozenset()
     elsewhere: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # the predictor's, on other ranks
     loaded: Mapping[str, Any] = field(default_factory=dict)  # by section: where its weights came from
@@ -376,3 +377,13 @@ class Parts:
     before_update: Callable[[bool], None] = lambda _is_last: (
         None
     )  # before each batch of a step: is it the last?
+
+    @property
+    def trained(self) -> Any:
+        """The module that the task trains, or None."""
+        return getattr(self, self.trains) if self.trains is not None else None
+
+    @property
+    def blocks(self) -> list[Any]:
+        """The blocks of the trained module on this rank, in order; none where it has no such list."""
+        return list(getattr(self.trained, "blocks", {}).values())

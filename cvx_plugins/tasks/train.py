@@ -111,4 +111,5 @@ def prediction_loss(parts: Parts, features: Features, draws: Draws, timestep: Te
         features.image_latent.to(dtype) if features.image_latent is not None else None,
     )
     prediction = parts.predictor(noisy.to(dtype), timestep, condition)
-    return F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)
+    wide = torch.promote_types(prediction.dtype, torch.float32)
+    return F.mse_loss(prediction.to(wide), target.to(wide), reduction="none").flatten(1).mean(1)

@@ -1,0 +1,48 @@
+"""Strategies: who holds what, and who computes what. The mechanisms are in cvx_parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, Literal
+
+from cvx_core import Component, hookimpl
+from cvx_core.config import Positive
+from cvx_core.strategy import Stage, StrategyConfig
+
+Auto = Literal["auto"]
+
+
+class DataConfig(StrategyConfig):
+    """Data parallel: ranks read different rows. Gradients are averaged over them."""
+
+    stage: ClassVar[Stage] = Stage.SHARD
+
+    size: Positive | Auto = "auto"
+    """Ranks that read different rows; auto takes what the other strategies leave."""
+
+    def degrees(self) -> Mapping[str, int | None]:
+        return {"dp_shard": 1, "dp_replicate": None if self.size == "auto" else self.size}
+
+
+class ShardConfig(DataConfig):
+    """Data parallel with parameters, gradients or optimizer state shared out among the ranks (ZeRO)."""
+
+    reduce_dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision in which gradients are summed; null: that of the parameters."""
+    prefetch: Positive = 1
+    """Blocks whose parameters are gathered ahead."""
+
+    def degrees(self) -> Mapping[str, int | None]:
+        return {"dp_replicate": 1, "dp_shard": None if self.size == "auto" else self.size}
+
+
+@hookimpl
+def cvx_components() -> Iterable[Component]:
+    target = "cvx_plugins.parallel.data:"
+    yield Component(
+        "strategy", "ddp", DataConfig, f"{target}ddp", summary="data parallel, everything replicated"
+    )
+    yield Component(
+        "strategy", "zero2", ShardConfig, f"{target}zero2", summary="gradients and optimizer state sharded"
+    )
+    yield Component("strategy", "zero3", ShardConfig, f"{target}zero3", summary="parameters sharded too")

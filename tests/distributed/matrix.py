@@ -1,0 +1,184 @@
+"""One training step under any strategies, compared with one process: loss, every gradient, two updates."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from cvx_core.building import build
+from cvx_core.interfaces import Features, ParamGroup, Parts
+from cvx_core.placing import place
+from cvx_core.random import Draws, keyed
+from cvx_core.recipe import parse
+from cvx_core.spec import resolve
+from cvx_parallel.gradients import clip
+from tests.distributed.harness import on_ranks
+
+ROWS = 4
+"""Rows of a step over all data ranks."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "1.0-t2v": {"positions": "rotary", "num_heads": 3},
+    "2b": {"positions": "sincos", "num_heads": 4},
+    "1.0-i2v": {"positions": "rotary+learned", "image_condition": True, "num_heads": 4},
+    "1.5-t2v": {"patch_t": 2, "num_heads": 4},
+    "1.5-i2v": {"patch_t": 2, "image_condition": True, "ofs_dim": 16, "num_heads": 3},
+}
+
+
+class Step(NamedTuple):
+    """What a step did, whole and on the CPU. names: of all parameters on all ranks."""
+
+    loss: float
+    norm: float
+    gradients: dict[str, torch.Tensor]
+    parameters: dict[str, torch.Tensor]
+
+
+def recipe(variant: str, parallel: list[dict[str, Any]], dtype: str, layers: int = 4) -> str:
+    """Return a small training recipe; 7 x 5 x 3 patches or so: nothing divides."""
+    predictor = {
+        "use": "cogvideox",
+        "num_layers": layers,
+        "head_dim": 16,
+        "latent_channels": 2,
+        "text_dim": 12,
+        "text_length": 5,
+        "temb_dim": 16,
+        "sample_height": 6,
+        "sample_width": 10,
+        "sample_frames": 9,
+        **VARIANTS[variant],
+    }
+    return yaml.safe_dump(
+        {
+            "device": "cpu",
+            "dtype": dtype,
+            "video": {"frames": 9, "height": 48, "width": 80},
+            "predictor": predictor,
+            "text_encoder": {
+                "use": "t5",
+                "num_layers": 1,
+                "dim": 12,
+                "num_heads": 2,
+                "max_length": 5,
+                "tokenizer": "bytes",
+            },
+            "autoencoder": {
+                "use": "cogvideox-vae",
+                "latent_channels": 2,
+                "base_channels": 8,
+                "blocks_per_level": 1,
+            },
+            "dataset": {"use": "synthetic", "rows": 8},
+            "optimizer": {"use": "adamw", "lr": 1e-3},
+            "task": {"use": "train", "steps": 2},
+            "parallel": parallel,
+        }
+    )
+
+
+def run_step(text: str, updates: int = 2) -> Step:
+    """Run `updates` training steps on this rank's share of made-up features; gather everything whole."""
+    spec = resolve(parse(text))
+    parts = place(build(spec), spec)
+    _randomise(parts)
+    parts.predictor.train()
+    optimizer = parts.make_optimizer([ParamGroup(_trainable(parts), {})])
+    losses, norm, gradients = [], 0.0, {}
+    for number in range(updates):
+        features, draws = _share(parts, spec, number)
+        parts.before_update(True)
+        losses.append(float(_mean(parts.forward_backward(features, draws), parts)))
+        if number == 0:
+            gradients = {name: _whole(p.grad) for name, p in _trainable(parts)}
+        norm = float(clip([p for _, p in _trainable(parts)], None, parts.mesh))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    parameters = {name: _whole(p) for name, p in parts.predictor.named_parameters()}
+    return Step(losses[0], norm, gradients, parameters)
+
+
+def compare(
+    variant: str, parallel: list[dict[str, Any]], world: int, dtype: str = "float64", layers: int = 4
+) -> None:
+    """Assert that strategies on `world` ranks do what one process does."""
+    text = recipe(variant, parallel, dtype, layers)
+    ranks = on_ranks(world, run_step, text)
+    alone = run_step(recipe(variant, [], dtype, layers))
+    gradients = {name: grad for rank in ranks for name, grad in rank.gradients.items()}
+    parameters = {name: value for rank in ranks for name, value in rank.parameters.items()}
+    assert gradients.keys() == alone.gradients.keys()
+    assert parameters.keys() == alone.parameters.keys()
+    close = 1e-10 if dtype == "float64" else 1e-5
+    for rank in ranks:
+        assert abs(rank.loss - alone.loss) <= close * abs(alone.loss), (rank.loss, alone.loss)
+    wrong = {
+        name: relative(gradients[name], grad)
+        for name, grad in alone.gradients.items()
+        if relative(gradients[name], grad) > close
+    }
+    assert not wrong, f"{len(wrong)} gradients differ: {dict(list(wrong.items())[:5])}"
+    for name, value in alone.parameters.items():
+        assert relative(parameters[name], value) <= (1e-8 if dtype == "float64" else 2e-5), name
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference relative to the largest expected value."""
+    return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def _trainable(parts: Parts) -> list[tuple[str, torch.Tensor]]:
+    return [(name, p) for name, p in parts.predictor.named_parameters() if name in parts.trainable]
+
+
+def _randomise(parts: Parts) -> None:
+    """Draw every parameter anew, so that no gate is closed and no bias is zero."""
+    from cvx_core.weights import copy_part
+
+    with torch.no_grad():
+        for name, parameter in parts.predictor.named_parameters():
+            value = torch.randn(tuple(parameter.shape), generator=keyed(1, "test", name), dtype=torch.float64)
+            scale = 0.3 / max(parameter.shape[-1], 1) ** 0.5 if parameter.ndim > 1 else 0.1
+            copy_part(
+                parameter,
+                value * scale + float("norm" in name and name.endswith("weight") and parameter.ndim == 1),
+            )
+
+
+def _share(parts: Parts, spec: Any, number: int) -> tuple[Features, Draws]:
+    """Return this rank's rows of a step that all data ranks share."""
+    rank, world = parts.mesh.place("batch"), parts.mesh.size("batch")
+    places = tuple(range(rank, ROWS, world))
+    cfg = spec.config("predictor")
+    frames = 3 + spec.card.padding(3)
+    rows = []
+    for place_ in places:
+        generator = keyed(2, "row", number, place_)
+        latent = torch.randn(cfg.latent_channels, frames, 6, 10, generator=generator)
+        text = torch.randn(cfg.text_length, cfg.text_dim, generator=generator)
+        rows.append((latent, text, torch.randn(latent.shape, generator=generator)))
+    mask = torch.ones(len(rows), cfg.text_length, dtype=torch.bool)
+    image = torch.stack([row[2] for row in rows]) if cfg.image_condition else None
+    dtype = next(parts.predictor.parameters()).dtype
+    features = Features(
+        torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows]).to(dtype), mask, image
+    )
+    return features, Draws(3, number, places, rank, world)
+
+
+def _mean(loss: torch.Tensor, parts: Parts) -> torch.Tensor:
+    import torch.distributed as dist
+
+    if (group := parts.mesh.group("batch")) is not None:
+        dist.all_reduce(loss, group=group)
+        loss = loss / parts.mesh.size("batch")
+    return loss
+
+
+def _whole(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().clone().cpu()
