@@ -63,6 +63,7 @@ def _convert(args: argparse.Namespace) -> int:
     job = prepare(request)
     print(job.report.text(), flush=True)
     if args.dry_run:
+        job.check()
         print("nothing was written (--dry-run)")
         return 0
     report = job.run(verified=args.verify)

@@ -21,6 +21,7 @@ from cvx_io.tensors.header import read_header
 from cvx_io.tensors.pickles import load_pickle
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+"""What files of torch.save end in."""
 MODELS = ("predictor", "autoencoder", "text_encoder")
 """Kinds of components that have weights."""
 

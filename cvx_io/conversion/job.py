@@ -18,6 +18,7 @@ from cvx_core.weights import check_index
 from cvx_io.atomic import is_left_over, left_overs, staged, write_json
 from cvx_io.conversion import loras
 from cvx_io.conversion.detect import (
+    PICKLES,
     Model,
     find_format,
     is_canonical,
@@ -53,15 +54,19 @@ class Job:
     config: Mapping[str, Any] | None
     report: Report
 
+    def check(self) -> None:
+        """Raise FormatError where the disk is too small or the target is in the way."""
+        check_target(self.request)
+        check_space(self.request.target.resolve(), self.report.target.size)
+
     def run(self, verified: bool = False) -> Report:
         """Write the target, whole or not at all, and its report beside it; `verified` reads it again.
 
-        Raises FormatError where the disk is too small, the target is in the way, or what was written differs.
+        Raises FormatError as `check` does, and where what was written differs.
         """
+        self.check()
         target = self.request.target.resolve()  # where a link leads is replaced, not the link
-        check_target(self.request)
-        check_space(target, self.report.target.size)
-        with naming(self.request), _disk_errors(target), staged(target) as place:
+        with naming(self.request), _disk_errors(self.request.target), staged(target) as place:
             try:
                 with progress("convert", self.report.target.size, in_bytes=True) as bar:
                     self.format.write(place, _watched(self.tensors, bar), self.names, self.config)
@@ -89,6 +94,7 @@ def prepare(request: Request, registry: Registry | None = None) -> Job:
     """
     registry = registry or Registry.discover()
     target = registry.get("format", request.to)
+    _check_kind(request.target, target)
     source = find_format(request.source, registry, request.source_format)
     with naming(request):
         loras.check_options(request, source, target)
@@ -97,6 +103,16 @@ def prepare(request: Request, registry: Registry | None = None) -> Job:
         else:
             job = _weights_job(request, registry, source, target)
     return replace(job, report=replace(job.report, notes=[*job.report.notes, *_left(request.target)]))
+
+
+def _check_kind(path: Path, target: Component) -> None:
+    """Raise FormatError where a target is named as a file would be, but the format writes a folder."""
+    files = getattr(target.config, "files", None)
+    if files is not None and path.suffix in (*PICKLES, ".safetensors") and path.suffix not in files:
+        or_file = f", or of a {files[0]} file" if files else ""
+        raise FormatError(
+            f"{path}: {target.name} writes no {path.suffix} file. Give the path of a folder{or_file}."
+        )
 
 
 def _left(target: Path) -> list[str]:
@@ -331,6 +347,11 @@ def check_target(request: Request) -> None:
         hint = "" if report_path(here).exists() else " It has no finished conversion in it."
         raise FormatError(
             f"{target}: exists already.{hint} Give --overwrite to replace it, or another target."
+        )
+    if here.is_file() and here.suffix not in (".safetensors", ".pt"):
+        raise FormatError(
+            f"{target}: --overwrite replaces checkpoints only, and this is another file. Remove it "
+            "yourself, or choose another target."
         )
     if here.is_dir() and (other := _other_things(here)):
         raise FormatError(

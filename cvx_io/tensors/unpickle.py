@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -81,12 +82,20 @@ def load(data: bytes, where: str, allowed: Mapping[tuple[str, str], Any] | None 
     allowed: {(module, name): what to use for it} besides the built-in list.
     """
     try:
+        _check_memo(data)
         return _Unpickler(io.BytesIO(data), allowed or {}).load()
     except FormatError:
         raise
     except Exception as error:  # damage surfaces as any of a dozen types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FormatError(f"{where}: damaged pickle: {reason}. Download or save it again.") from error
+
+
+def _check_memo(data: bytes) -> None:
+    """Raise ValueError on a place in the memo that no pickle of this length uses: all up to it get memory."""
+    for opcode, place, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "LONG_BINPUT") and (place or 0) > len(data):
+            raise ValueError(f"place {place} in the memo of a pickle of {len(data)} bytes")
 
 
 class _Unpickler(pickle.Unpickler):

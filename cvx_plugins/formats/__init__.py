@@ -21,6 +21,7 @@ class HFConfig(Config):
     keeps_config: ClassVar[bool] = True
     needs_config: ClassVar[bool] = True
     to_write: ClassVar[tuple[str, ...]] = ("shard_limit",)
+    files: ClassVar[tuple[str, ...]] = (".safetensors",)
     lora_format: ClassVar[str] = "diffusers-lora"
 
     canonical: ClassVar[bool] = True  # names in the files are ours, unless a names table says otherwise
@@ -43,6 +44,7 @@ class DCPConfig(Config):
     """A torch distributed checkpoint: a folder with .metadata and .distcp files, of FSDP or of a run here."""
 
     to_read: ClassVar[tuple[str, ...]] = ("part",)
+    files: ClassVar[tuple[str, ...]] = ()
     keeps_config: ClassVar[bool] = True
 
     canonical: ClassVar[bool] = True  # names in the files are ours, unless a names table says otherwise
@@ -59,6 +61,7 @@ class SATConfig(Config):
 
     lora_format: ClassVar[str] = "sat-lora"
     to_read: ClassVar[tuple[str, ...]] = ("lora",)
+    files: ClassVar[tuple[str, ...]] = (".pt",)
 
     path: InputPath | None = None
     """The folder or the file. Needed to read."""
@@ -86,6 +89,7 @@ class MegatronConfig(Config):
     lora_format: ClassVar[str] = "megatron-lora"
     to_read: ClassVar[tuple[str, ...]] = ("replicas",)
     to_write: ClassVar[tuple[str, ...]] = ("tp", "pp", "iteration", "positions")
+    files: ClassVar[tuple[str, ...]] = (".pt",)
 
     path: InputPath | None = None
     """The folder with the tracker, the folder of an iteration, or a merged file. Needed to read."""
