@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import statistics
@@ -125,13 +126,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(model: Model, folder: Path, repeats: int) -> dict[str, Any]:
     """Run every step in `folder`, print each, and return the record."""
-    bare = bare_interpreter()
-    print(f"importing torch: {bare.wall_s:.2f} s, {bare.private_bytes / 1e6:.0f} MB")
     source = folder / "sat"
     model.write_sat(source)
     print(f"source: {len(model.sat().index)} tensors, {size_of(source) / 1e9:.2f} GB")
-    first, *_ = legs(model)
-    dry = min(run(_convert(model, source, folder / "dry", first, "--dry-run")).wall_s for _ in range(3))
+    bare, dry = start(model, source, folder / "dry")
+    print(f"importing torch: {bare.wall_s:.2f} s, {bare.private_bytes / 1e6:.0f} MB")
     print(f"dry run: {dry - bare.wall_s:.2f} s after importing torch (limit {DRY_RUN_LIMIT_S} s)")
     print(HEADER, flush=True)
     results = []
@@ -143,7 +142,7 @@ def measure(model: Model, folder: Path, repeats: int) -> dict[str, Any]:
         source = target
     return {
         "command": f"python -m benchmarks.convert {' '.join(sys.argv[1:])}".strip(),
-        "hardware": hardware("cpu"),
+        "hardware": {**hardware("cpu"), "load_average": os.getloadavg()[2]},
         "versions": versions(),
         "model": {"preset": model.preset, **model.fields},
         "import_torch": asdict(bare),
@@ -192,10 +191,14 @@ def copy(source: Path, target: Path) -> tuple[Usage, Usage]:
         return run(["cp", "-r", source, target]), run(["sync", *files_of(target)])
 
 
-def bare_interpreter(repeats: int = 3) -> Bare:
-    """Measure an interpreter that only imports torch."""
-    runs = [run([sys.executable, "-c", BARE]) for _ in range(repeats)]
-    return Bare(min(use.wall_s for use in runs), max(int(use.output) for use in runs))
+def start(model: Model, source: Path, target: Path, repeats: int = 3) -> tuple[Bare, float]:
+    """Measure, in turns, an interpreter that only imports torch, and the best time of a dry run."""
+    leg, *_ = legs(model)
+    bare, dry = [], []
+    for _ in range(repeats):
+        bare.append(run([sys.executable, "-c", BARE]))
+        dry.append(run(_convert(model, source, target, leg, "--dry-run")).wall_s)
+    return Bare(min(use.wall_s for use in bare), max(int(use.output) for use in bare)), min(dry)
 
 
 def compare(model: Model, name: str, path: Path) -> int:

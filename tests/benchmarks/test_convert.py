@@ -71,7 +71,6 @@ def test_a_failed_step_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     def fail(command):
         raise subprocess.CalledProcessError(2, command, "what it printed")
 
-    monkeypatch.setattr(convert, "bare_interpreter", lambda: convert.Bare(0.0, 0))
     monkeypatch.setattr(convert, "run", fail)
     arguments = ["--folder", str(tmp_path / "work"), "--fields", json.dumps(TINY), "--json", str(tmp_path)]
     assert convert.main(arguments) == 1
