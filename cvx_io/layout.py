@@ -42,17 +42,15 @@ def split_info(name: str, info: TensorInfo, how: Split | None, parts: int, world
     return TensorInfo(tuple(shape), info.dtype)
 
 
-def split(tensor: Tensor, how: Split | None, parts: int, rank: int, world: int) -> Tensor:
-    """Return a rank's part of a tensor that divides; a view where it is one run of rows or columns."""
+def split(tensor: Tensor, how: Split | None, parts: int, rank: int, world: int) -> list[Tensor]:
+    """Return a rank's part of a tensor that divides, as views of it that follow each other along dim 0."""
     if how is None or world == 1:
-        return tensor
+        return [tensor]
     if how == "row":
-        return tensor.chunk(world, dim=1)[rank]
-    if how == "column" or parts == 1:
-        return tensor.chunk(world)[rank]
-    import torch
-
-    return torch.cat([part.chunk(world)[rank] for part in tensor.chunk(parts)])
+        return [tensor.chunk(world, dim=1)[rank]]
+    if how == "column":
+        return [tensor.chunk(world)[rank]]
+    return [part.chunk(world)[rank] for part in tensor.chunk(parts)]
 
 
 def join_info(info: TensorInfo, how: Split | None, world: int) -> TensorInfo:

@@ -9,14 +9,14 @@ import io
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cvx_core.interfaces import TensorInfo
 from cvx_io.tensors.dtypes import STORAGES, num_bytes, size_of
-from cvx_io.tensors.write import raw
+from cvx_io.tensors.write import chunks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,19 +35,24 @@ class Archive:
         self._zip, self._stem, self._index = file, stem, index
         self._keys = {name: str(key) for key, name in enumerate(index)}
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor. Raises FormatError where it is not what the index says."""
-        self._entry(f"data/{self._keys[name]}", raw(name, tensor, self._index[name]))
+    def write(self, name: str, *pieces: Tensor) -> None:
+        """Write one tensor, given whole or as pieces along dim 0. Raises FormatError where it is another."""
+        info = self._index[name]
+        self._entry(f"data/{self._keys[name]}", num_bytes(info), chunks(name, pieces, info))
 
-    def _entry(self, name: str, data: Any) -> None:
+    def _file(self, name: str, data: bytes) -> None:
+        self._entry(name, len(data), [data])
+
+    def _entry(self, name: str, size: int, data: Iterable[Any]) -> None:
         info = zipfile.ZipInfo(f"{self._stem}/{name}")
         assert self._zip.fp is not None
-        large = len(data) >= 2**31
+        large = size >= 2**31
         begin = self._zip.fp.tell() + 30 + len(info.filename.encode()) + (_ZIP64_FIELD if large else 0)
         padding = -(begin + 4) % ALIGNMENT
         info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding  # as torch.save pads
         with self._zip.open(info, "w", force_zip64=large) as entry:
-            entry.write(data)
+            for chunk in data:
+                entry.write(chunk)
 
 
 @contextmanager
@@ -60,10 +65,10 @@ def torch_archive(path: Path, index: Mapping[str, TensorInfo], wrap: Any = None)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
         archive = Archive(file, STEM, index)
         state = OrderedDict((name, _Slot(str(key), info)) for key, (name, info) in enumerate(index.items()))
-        archive._entry("data.pkl", _pickled(wrap(state) if wrap is not None else state))
-        archive._entry("byteorder", b"little")
+        archive._file("data.pkl", _pickled(wrap(state) if wrap is not None else state))
+        archive._file("byteorder", b"little")
         yield archive
-        archive._entry("version", b"3\n")
+        archive._file("version", b"3\n")
 
 
 class _Slot:

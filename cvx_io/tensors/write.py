@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from cvx_core.interfaces import TensorInfo, Tensors
 from cvx_io.regroup import describe
 from cvx_io.tensors.dtypes import num_bytes, size_of
 from cvx_io.tensors.header import make_header
+from cvx_io.tensors.stored import run_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,8 @@ def write_file(
     with path.open("wb") as file:
         file.write(make_header({name: tensors.index[name] for name in order}, metadata))
         for name in order:
-            file.write(raw(name, tensors.load(name), tensors.index[name]))
+            for chunk in chunks(name, [tensors.load(name)], tensors.index[name]):
+                file.write(chunk)
 
 
 def write_shards(folder: Path, stem: str, tensors: Tensors, limit: int) -> list[Path]:
@@ -69,13 +71,24 @@ def write_shards(folder: Path, stem: str, tensors: Tensors, limit: int) -> list[
     return [*files, index]
 
 
-def raw(name: str, tensor: Tensor, expected: TensorInfo) -> Any:
-    """Return a tensor's bytes as a buffer. Raises FormatError where it is not as expected."""
+def chunks(name: str, tensors: Sequence[Tensor], expected: TensorInfo) -> Iterator[Any]:
+    """Yield the bytes of a tensor, given whole or as pieces along dim 0, as buffers to be used at once.
+
+    Raises FormatError where it is not as expected.
+    """
     import torch
 
-    if describe(tensor) != expected:
+    found = describe(tensors[0])
+    if len(tensors) > 1:
+        rows = sum(len(tensor) for tensor in tensors)
+        found = TensorInfo((rows, *found.shape[1:]), found.dtype)
+    if found != expected:
         raise FormatError(
-            f"{name!r} is {describe(tensor)}, but its source announced {expected}. Was it changed meanwhile?"
+            f"{name!r} is {found}, but its source announced {expected}. Was it changed meanwhile?"
         )
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    for tensor in tensors:
+        flat = tensor.detach().to("cpu")
+        if (run := run_of(flat)) is not None:
+            yield from run.chunks()
+        else:
+            yield flat.contiguous().reshape(-1).view(torch.uint8).numpy().data

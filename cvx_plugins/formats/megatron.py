@@ -146,7 +146,7 @@ class Megatron:
             for key, name in stage.wholes.items():
                 tensor = plan.foreign.load(name)
                 for rank, archive in enumerate(archives):
-                    archive.write(key, split(tensor, *plan.rules[name], rank, len(archives)))
+                    archive.write(key, *split(tensor, *plan.rules[name], rank, len(archives)))
 
     def _wrap(self, state: Mapping[str, Any]) -> dict[str, Any]:
         chunks: dict[str, dict[str, Any]] = {}
