@@ -126,7 +126,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON file's object. Raises FormatError where it cannot be read or holds anything else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise FormatError(
+            f"{path}: cannot be read: {error.strerror}. Check the path and its permissions."
+        ) from error
+    except ValueError as error:
         raise FormatError(f"{path}: cannot be read as JSON: {error}. Download it again.") from error
     if not isinstance(data, dict):
         raise FormatError(f"{path}: expected a JSON object, got {type(data).__name__}. Download it again.")

@@ -333,7 +333,8 @@ def check_target(request: Request) -> None:
         if source is not None:
             _check_apart(target, source)
     parent = next(folder for folder in here.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    effective = os.access in os.supports_effective_ids
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, effective_ids=effective):
         raise FormatError(
             f"{target}: cannot write in {parent}. Choose another place, or change its permissions."
         )

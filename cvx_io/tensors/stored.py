@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cvx_core.errors import FormatError
-from cvx_core.errors import FormatError
 from cvx_core.interfaces import TensorInfo
 from cvx_io.tensors.dtypes import size_of
 
@@ -55,9 +54,12 @@ class Stored:
             return torch.empty(shape, dtype=dtype)
         start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
         with self.file.open("rb") as file:
-            pages = mmap.mmap(
-                file.fileno(), self.offset + self.extent - start, access=mmap.ACCESS_COPY, offset=start
-            )
+            try:
+                pages = mmap.mmap(
+                    file.fileno(), self.offset + self.extent - start, access=mmap.ACCESS_COPY, offset=start
+                )
+            except ValueError as error:
+                raise FormatError(f"{self.file}: was changed meanwhile: {error}. Start again.") from error
         skip, size = self.offset - start, size_of(self.info.dtype)
         if skip % size:
             raw = torch.frombuffer(pages, dtype=torch.uint8, offset=skip, count=self.extent)
