@@ -70,13 +70,16 @@ def staged(path: Path) -> Iterator[Path]:
 
     What else lies in that folder then goes beside `path`. What was at `path` stays until the new is complete;
     a process killed between the last renames leaves it whole, under a name that ends in .old. On an exception
-    all is as before.
+    all is as before. Raises FormatError where something appears at `path` meanwhile.
     """
+    existed = os.path.lexists(path)
     created = _make_parents(path)
     folder = _partial(path)
     try:
         folder.mkdir()
         yield folder / path.name
+        if os.path.lexists(path) and not existed:
+            raise FormatError(f"{path}: appeared meanwhile, so it is kept. Is another process writing there?")
         aside = _swap(folder, path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -117,8 +117,10 @@ def _check_kind(path: Path, target: Component) -> None:
 
 def _left(target: Path) -> list[str]:
     """Return a note on each thing that an interrupted conversion to the same target left."""
-    what = "left over from an interrupted write, unless another is still running; remove"
-    return [f"{what} {item}" for item in left_overs(target.resolve())]
+    aside = f"an interrupted write put aside what was at {target}: {{}}; rename it to have it back"
+    half = "left over from an interrupted write, unless another is still running; remove {}"
+    items = left_overs(target.resolve())
+    return [(aside if item.suffix == ".old" else half).format(item) for item in items]
 
 
 def _weights_job(request: Request, registry: Registry, source: Component, target: Component) -> Job:

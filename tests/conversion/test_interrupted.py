@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import resource
 import shutil
@@ -69,10 +70,10 @@ def kill() -> None:
 
 def instead_of_call(number: int, act: Callable[[], object], call: Callable) -> Callable:
     """Return `call`, but its number-th call does `act` first."""
-    calls = iter(range(number - 1))
+    calls = itertools.count(1)
 
     def counted(*args: object, **options: object) -> object:
-        if next(calls, None) is None:
+        if next(calls) == number:
             act()
         return call(*args, **options)
 
@@ -165,7 +166,7 @@ def test_a_conversion_after_a_killed_one_is_complete_and_tells_what_is_left(
 
 @pytest.mark.parametrize("way", ["hf", "hf-file", "megatron"])
 @pytest.mark.parametrize("point", ["halfway", "report", "aside", "last rename"])
-def test_a_killed_overwrite_loses_nothing(way, point, run, tmp_path):
+def test_a_killed_overwrite_loses_nothing(way, point, run, tmp_path, capsys):
     target = tmp_path / WAYS[way][1]
     assert run(way) == 0
     before, last = held(tmp_path), renames(way) + 1  # one more puts the old target aside
@@ -180,6 +181,10 @@ def test_a_killed_overwrite_loses_nothing(way, point, run, tmp_path):
         return
     (old,) = tmp_path.glob(".*.old")
     assert not target.exists()
+    capsys.readouterr()
+    assert run(way, "--dry-run") == 0
+    told = capsys.readouterr().out
+    assert f"an interrupted write put aside what was at {target}: {old}; rename it to have it back" in told
     shutil.rmtree(partial)
     old.rename(target)
     assert held(tmp_path) == before
@@ -205,6 +210,22 @@ def test_an_interrupt_leaves_nothing_behind(way, run, tmp_path, monkeypatch, cap
     assert run(way, folder=tmp_path / "new/folder") == 130
     assert list(tmp_path.iterdir()) == []
     assert "nothing is left behind" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["hf", "hf-file"])
+def test_of_two_conversions_to_one_target_the_later_fails(way, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(job, "_watched", job._watched)
+
+    def convert_too():
+        monkeypatch.undo()
+        assert run(way) == 0
+
+    at_tensor(12, convert_too)()
+    assert run(way, "--dtype", "float16") == 2
+    assert f"{tmp_path / WAYS[way][1]}: appeared meanwhile" in capsys.readouterr().err
+    kept = held(tmp_path)
+    assert run(way, "--overwrite") == 0
+    assert held(tmp_path) == kept
 
 
 def test_what_differs_when_it_is_read_again_is_not_kept(run, tmp_path, monkeypatch, capsys):
