@@ -92,6 +92,15 @@ class Tokens(NamedTuple):
     grid: tuple[int, int, int]
 
 
+class Noised(NamedTuple):
+    """What a predictor is given, and what it should return: noisy, target (B,C,T,h,w); timestep (B,)."""
+
+    noisy: Tensor
+    timestep: Tensor
+    condition: Condition
+    target: Tensor
+
+
 class TensorInfo(NamedTuple):
     """Shape and dtype name (as in torch, e.g. "float32") of a stored tensor."""
 
@@ -141,7 +150,8 @@ class Plan:
 
     blocks: name of the ModuleDict of blocks; attend: patterns of the modules with an `attend` slot; column,
     row: patterns of linear layers whose outputs or inputs are split over tensor-parallel ranks; lora: default
-    targets. A pattern is an FQN with * for one component.
+    targets; head: modules that `head` uses, all others outside the blocks being those of `embed`. A pattern
+    is an FQN with * for one component.
     """
 
     blocks: str
@@ -150,6 +160,7 @@ class Plan:
     column: tuple[str, ...] = ()
     row: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
 
 
 class Predictor(Protocol):
@@ -158,6 +169,10 @@ class Predictor(Protocol):
     blocks: Any  # the ModuleDict named by Plan.blocks is also reachable here
 
     def embed(self, latent: Tensor, timestep: Tensor, cond: Condition) -> Tokens: ...
+    def outline(self, latent: Tensor, cond: Condition) -> Tokens:
+        """Return tokens as `embed` would, tables included, but without values: it uses no parameter."""
+        ...
+
     def head(self, tokens: Tokens) -> Tensor: ...
     def forward(self, latent: Tensor, timestep: Tensor, cond: Condition) -> Tensor: ...
 
@@ -287,6 +302,9 @@ class Adapter(Protocol):
 class Strategy(Protocol):
     """Places parts on many devices through slots, DTensors and the callables of Parts; never renames a
     parameter.
+
+    A strategy that has to know what others put into the callables of Parts also has `finish(parts)`, which is
+    called after all have been applied.
     """
 
     def apply(self, parts: Parts) -> Parts: ...
@@ -335,6 +353,19 @@ class ModelFormat(Format, Protocol):
         ...
 
 
+class Objective(Protocol):
+    """What a task minimises: the mean of `error` over the rows, divided by `accumulate`."""
+
+    accumulate: int
+
+    def noised(
+        self, features: Features, draws: Draws, dtype: Any, timestep: Tensor | None = None
+    ) -> Noised: ...
+    def error(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the error of each row (B,)."""
+        ...
+
+
 class Task(Protocol):
     """The job of a recipe."""
 
@@ -372,11 +403,15 @@ class Parts:
     data_axes: tuple[str, ...] = ("dp_replicate", "dp_shard")
     encoder: Any = None  # batches to features, one at a time; slots: moments_of, embeds_of
     encode: Callable[[Iterator[Work]], Iterator[Work]] | None = None
+    objective: Objective | None = None  # what forward_backward minimises, for those who compute it in pieces
     forward_backward: Callable[..., Tensor] | None = None
     make_optimizer: Callable[[Sequence[ParamGroup]], torch.optim.Optimizer] | None = None
     before_update: Callable[[bool], None] = lambda _is_last: (
         None
     )  # before each batch of a step: is it the last?
+    after_backward: Callable[[], None] = lambda: None  # once per step, before its gradients are used
+
+    mark: Callable[[str], None] = lambda _what: None  # states progress: a rank that states none is named
 
     @property
     def trained(self) -> Any:

@@ -28,8 +28,12 @@ def place(parts: Parts, spec: Spec) -> Parts:
     Raises FormatError listing names where a weights file does not fit; nothing is loaded then.
     """
     parts = parts.task.prepare(parts, spec)
-    for choice in sorted(spec.parallel, key=lambda choice: choice.config.stage):
-        parts = choice.build(Deps(spec)).apply(parts)
+    by_stage = sorted(spec.parallel, key=lambda choice: choice.config.stage)
+    strategies = [choice.build(Deps(spec)) for choice in by_stage]
+    for strategy in strategies:
+        parts = strategy.apply(parts)
+    for strategy in strategies:
+        parts = strategy.finish(parts) if hasattr(strategy, "finish") else parts
     loaded = {}
     for section in MODULES:
         module = getattr(parts, section)

@@ -195,6 +195,22 @@ def _slots(subject: Subject) -> tuple[Callable[[], None], ...]:
         for table in tokens.rope or ():
             assert (table.shape[0], table.dtype) == (tokens.video.shape[1], torch.float32)
 
+    def outline_is_embed_without_parameters() -> None:
+        """Only a predictor that has one can be cut into stages."""
+        module, (latent, timestep, cond) = subject.make(), subject.inputs()
+        if not hasattr(module, "outline"):
+            return
+        tokens = module.embed(latent, timestep, cond)
+        for part in module.modules():
+            for name, _ in list(part.named_parameters(recurse=False)):
+                part.register_parameter(name, None)
+        outline = module.outline(latent, cond)
+        for got, expected in zip(outline[:3], tokens[:3], strict=True):
+            assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+        assert outline.grid == tokens.grid
+        for got, expected in zip(outline.rope or (), tokens.rope or (), strict=True):
+            assert torch.equal(got, expected)
+
     def split_and_join_stand_around_the_blocks() -> None:
         module, inputs, seen = subject.make(), subject.inputs(), []
         expected = module(*inputs)
@@ -230,6 +246,7 @@ def _slots(subject: Subject) -> tuple[Callable[[], None], ...]:
     return (
         forward_is_embed_blocks_head,
         tokens_have_the_promised_shapes,
+        outline_is_embed_without_parameters,
         split_and_join_stand_around_the_blocks,
         attend_gets_whole_heads,
     )
@@ -238,7 +255,7 @@ def _slots(subject: Subject) -> tuple[Callable[[], None], ...]:
 def _planning(subject: Subject) -> tuple[Callable[[], None], ...]:
     def every_pattern_of_the_plan_matches() -> None:
         module, plan = subject.on_meta(), subject.plan
-        for pattern in (*plan.attend, *plan.column, *plan.row):
+        for pattern in (*plan.attend, *plan.column, *plan.row, *plan.head):
             assert _matching(module, (pattern,)), f"plan: {pattern!r} matches no module"
         for target in plan.lora:
             ends = [name for name, _ in module.named_modules() if f".{name}".endswith(f".{target}")]

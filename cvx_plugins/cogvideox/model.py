@@ -83,7 +83,7 @@ class CogVideoX(nn.Module):
 
     def embed(self, latent: Tensor, timestep: Tensor, cond: Condition) -> Tokens:
         """Return the tokens that enter the first block. Raises ValueError where a shape does not fit."""
-        cfg, dtype = self.cfg, self.proj_out.weight.dtype
+        cfg, dtype = self.cfg, self.patch_embed.proj.weight.dtype
         latent = self._with_image(latent, cond.image_latent)
         temb = self.time_embedding(sinusoid(timestep, cfg.width).to(dtype))
         if cfg.ofs_dim is not None:
@@ -93,6 +93,15 @@ class CogVideoX(nn.Module):
         if (fixed := self.tables.fixed(grid, video)) is not None:
             video = video + fixed
         return Tokens(video, text, temb, self.tables.rope(grid, video.device), grid)
+
+    def outline(self, latent: Tensor, cond: Condition) -> Tokens:
+        """Return tokens as `embed` would, tables included, but without values: it uses no parameter."""
+        cfg, (batch, length) = self.cfg, cond.text_embeds.shape[:2]
+        grid = self.patch_embed.grid_of(latent, length)
+        empty = latent.new_empty(())
+        video = empty.expand(batch, math.prod(grid), cfg.width)
+        text, temb = empty.expand(batch, length, cfg.width), empty.expand(batch, cfg.temb_dim)
+        return Tokens(video, text, temb, self.tables.rope(grid, latent.device), grid)
 
     def head(self, tokens: Tokens) -> Tensor:
         """Return the prediction (B,C,T,h,w) of the tokens that left the last block."""

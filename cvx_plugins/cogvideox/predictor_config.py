@@ -125,6 +125,7 @@ class CogVideoXConfig(Config):
             column=(*(f"{block}.attn1.to_{x}" for x in "qkv"), f"{block}.ff.net.0.proj"),
             row=(f"{block}.attn1.to_out.0", f"{block}.ff.net.2"),
             lora=("to_q", "to_k", "to_v", "to_out.0"),
+            head=("norm_final", "norm_out", "proj_out"),
         )
 
     def rules(self) -> Card:

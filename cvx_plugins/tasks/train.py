@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvx_core.interfaces import Condition, Deps, Features, Parts, Work
+from cvx_core.interfaces import Condition, Deps, Features, Noised, Parts, Work
 from cvx_core.random import Draws
 from cvx_core.spec import Spec
 from cvx_io.progress import progress
@@ -33,10 +34,18 @@ class Train:
         config = self._config
         encoder = Encoder(parts, spec.card, config.image_noise)
 
+        objective = Diffusion(parts.scheduler, config.accumulate)
+
         def forward_backward(features: Features, draws: Draws) -> Tensor:
             return diffusion_loss(parts, features, draws, config.accumulate)
 
-        return replace(parts, encoder=encoder, encode=encoder.stream, forward_backward=forward_backward)
+        return replace(
+            parts,
+            encoder=encoder,
+            encode=encoder.stream,
+            objective=objective,
+            forward_backward=forward_backward,
+        )
 
     def run(self, parts: Parts, spec: Spec) -> None:
         """Train to `steps`, or `stop_at`; write log, checkpoints and the export."""
@@ -93,23 +102,42 @@ def diffusion_loss(parts: Parts, features: Features, draws: Draws, accumulate: i
 
 def prediction_loss(parts: Parts, features: Features, draws: Draws, timestep: Tensor | None = None) -> Tensor:
     """Return the mean squared error per row (B,), float32. Timesteps are drawn where none are given."""
-    latent = features.latent
-    if timestep is None:
-        drawn = (parts.scheduler.draw(1, g, draws.rank, draws.world) for g in draws.of("timestep"))
-        timestep = torch.cat(list(drawn))
-    timestep = timestep.to(latent.device)
-    noise = torch.stack([torch.randn(latent.shape[1:], generator=g) for g in draws.of("noise")]).to(
-        latent.device
-    )
-    schedule = parts.scheduler.noise
-    noisy = schedule.add_noise(latent.float(), noise, timestep)
-    target = schedule.target(latent.float(), noise, timestep)
+    objective = Diffusion(parts.scheduler)
     dtype = next(parts.predictor.parameters()).dtype
-    condition = Condition(
-        features.text_embeds.to(dtype),
-        features.text_mask,
-        features.image_latent.to(dtype) if features.image_latent is not None else None,
-    )
-    prediction = parts.predictor(noisy.to(dtype), timestep, condition)
-    wide = torch.promote_types(prediction.dtype, torch.float32)
-    return F.mse_loss(prediction.to(wide), target.to(wide), reduction="none").flatten(1).mean(1)
+    noisy, timestep, condition, target = objective.noised(features, draws, dtype, timestep)
+    return objective.error(parts.predictor(noisy, timestep, condition), target)
+
+
+class Diffusion:
+    """The objective: the scheduler's target, squared error in float32."""
+
+    def __init__(self, scheduler: Any, accumulate: int = 1):
+        self.accumulate = accumulate
+        self._scheduler = scheduler
+
+    def noised(
+        self, features: Features, draws: Draws, dtype: torch.dtype, timestep: Tensor | None = None
+    ) -> Noised:
+        """Return what the predictor is given, in `dtype`, and its target. Every row has draws of its own."""
+        latent = features.latent
+        if timestep is None:
+            drawn = (self._scheduler.draw(1, g, draws.rank, draws.world) for g in draws.of("timestep"))
+            timestep = torch.cat(list(drawn))
+        timestep = timestep.to(latent.device)
+        noise = torch.stack([torch.randn(latent.shape[1:], generator=g) for g in draws.of("noise")]).to(
+            latent.device
+        )
+        schedule = self._scheduler.noise
+        noisy = schedule.add_noise(latent.float(), noise, timestep)
+        target = schedule.target(latent.float(), noise, timestep)
+        condition = Condition(
+            features.text_embeds.to(dtype),
+            features.text_mask,
+            features.image_latent.to(dtype) if features.image_latent is not None else None,
+        )
+        return Noised(noisy.to(dtype), timestep, condition, target)
+
+    def error(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the mean squared error per row (B,), at least in float32."""
+        wide = torch.promote_types(prediction.dtype, torch.float32)
+        return F.mse_loss(prediction.to(wide), target.to(wide), reduction="none").flatten(1).mean(1)

@@ -98,6 +98,17 @@ class BatchNormed(Toy):
         return super().head(tokens._replace(video=tokens.video - tokens.video.mean(dim=0)))
 
 
+class WithWrongOutline(Toy):
+    def outline(self, latent: Tensor, cond: Condition) -> Tokens:
+        empty = latent.new_empty(len(latent), 1, 8)
+        return Tokens(empty, cond.text_embeds, empty[:, 0], None, tuple(latent.shape[2:]))
+
+
+class WithHungryOutline(Toy):
+    def outline(self, latent: Tensor, cond: Condition) -> Tokens:
+        return self.embed(latent, torch.zeros(len(latent)), cond)
+
+
 class Unsplit(Toy):
     def forward(self, latent: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
         tokens = self.embed(latent, timestep, cond)
@@ -120,6 +131,8 @@ BROKEN = [
     (WithNumberedList, PLAN, "blocks_are_a_module_dict_keyed_by_index"),
     (Timeless, PLAN, "every_condition_matters"),
     (BatchNormed, PLAN, "samples_of_a_batch_do_not_mix"),
+    (WithWrongOutline, PLAN, "outline_is_embed_without_parameters"),
+    (WithHungryOutline, PLAN, "outline_is_embed_without_parameters"),
     (Unsplit, PLAN, "split_and_join_stand_around_the_blocks"),
     (Remembering, PLAN, "same_input_gives_the_same_prediction"),
     (Toy, replace(PLAN, row=("layers.*.out",)), "every_pattern_of_the_plan_matches"),
