@@ -6,7 +6,7 @@ never change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -28,14 +28,22 @@ def shard(
     policy: MixedPrecisionPolicy,
     prefetch: int = 1,
     methods: Sequence[str] = (),
+    ignored: Collection[nn.Parameter] = (),
 ) -> Callable[[bool], None]:
     """Share parameters over a mesh of one dim, or (replicate, shard), block by block, the rest as one unit.
 
-    methods: those of the module, besides forward, that use parameters of its own. Returns what has to be
-    called before each batch of a step, with whether it is the last: gradients are exchanged then only.
+    methods: those of the module, besides forward, that use parameters of its own; ignored: parameters that
+    stay whole, and whose gradients stay this rank's own. Returns what has to be called before each batch of a
+    step, with whether it is the last: gradients are exchanged then only.
     """
     units: list[Any] = [
-        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
+        fully_shard(
+            unit,
+            mesh=mesh,
+            reshard_after_forward=reshard_after_forward,
+            mp_policy=policy,
+            ignored_params=set(ignored) or None,
+        )
         for unit in (*blocks, module)
     ]
     *blocks, root = units
@@ -61,10 +69,14 @@ def register(module: nn.Module, method: str) -> None:
 
 
 class Averaging:
-    """Gradients averaged over a group after the last backward pass of a step, in buckets, while it runs."""
+    """Gradients averaged over a group after the last backward pass of a step, in buckets, while it runs.
 
-    def __init__(self, module: nn.Module, group: dist.ProcessGroup):
+    names: the parameters it is about; None: all of the module.
+    """
+
+    def __init__(self, module: nn.Module, group: dist.ProcessGroup, names: Collection[str] | None = None):
         self._module, self._group, self._size = module, group, dist.get_world_size(group)
+        self._names = names
         self._is_last = self._is_watching = False
         self._full: list[Tensor] = []
         self._bytes = 0
@@ -76,8 +88,8 @@ class Averaging:
         self._is_last = is_last
         if not self._is_watching:  # not sooner: getting memory replaces a module's parameters
             self._is_watching = True
-            for param in self._module.parameters():
-                if param.requires_grad:
+            for name, param in self._module.named_parameters():
+                if param.requires_grad and (self._names is None or name in self._names):
                     param.register_post_accumulate_grad_hook(self._ready)
 
     def _ready(self, param: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from cvx_core import Component, hookimpl
 from cvx_core.config import Positive
 from cvx_core.strategy import Stage, StrategyConfig
+from cvx_plugins.parallel import layerzero_config
 
 Auto = Literal["auto"]
 
@@ -46,3 +47,4 @@ def cvx_components() -> Iterable[Component]:
         "strategy", "zero2", ShardConfig, f"{target}zero2", summary="gradients and optimizer state sharded"
     )
     yield Component("strategy", "zero3", ShardConfig, f"{target}zero3", summary="parameters sharded too")
+    yield from layerzero_config.components()
