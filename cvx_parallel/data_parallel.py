@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-BUCKET = 25_000_000
-"""Bytes of gradients that are averaged in one collective."""
+from cvx_parallel.gradients import BUCKET, in_buckets, local
 
 
 def shard(
@@ -98,17 +97,14 @@ class Averaging:
         if not self._queued:
             self._queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-        self._full.append(param)
-        self._bytes += param.numel() * param.element_size()
+        assert param.grad is not None
+        self._full.append(local(param.grad))
+        self._bytes += self._full[-1].nbytes
         if self._bytes >= BUCKET:
             self._send()
 
     def _send(self) -> None:
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for param in self._full:
-            assert param.grad is not None
-            by_dtype.setdefault(param.grad.dtype, []).append(param.grad)
-        for grads in by_dtype.values():
+        for grads in in_buckets(self._full):
             flat = torch.cat([grad.reshape(-1) for grad in grads])
             self._pending.append((dist.all_reduce(flat, group=self._group, async_op=True), flat, grads))
         self._full, self._bytes = [], 0

@@ -1,8 +1,8 @@
-"""The norm of gradients that lie on different meshes, and clipping by it."""
+"""Gradients that lie on different meshes: the parts held here, their norm, and clipping by it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,25 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cvx_core.mesh import Mesh
+
+BUCKET = 25_000_000
+"""Bytes of gradients that go through one collective."""
+
+
+def local(gradient: Tensor) -> Tensor:
+    """Return the part of a gradient that this rank holds; changing it changes the gradient."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def in_buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield plain gradients in lists of one dtype and at least BUCKET bytes, but for the last of each."""
+    waiting: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        bucket = waiting.setdefault(gradient.dtype, [])
+        bucket.append(gradient)
+        if sum(part.nbytes for part in bucket) >= BUCKET:
+            yield waiting.pop(gradient.dtype)
+    yield from waiting.values()
 
 
 def clip(params: Sequence[Tensor], most: float | None, mesh: Mesh) -> Tensor:

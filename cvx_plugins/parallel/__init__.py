@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from cvx_core import Component, hookimpl
 from cvx_core.config import Positive
 from cvx_core.strategy import Stage, StrategyConfig
+from cvx_plugins.parallel import tp_config
 from cvx_plugins.parallel import layerzero_config
 
 Auto = Literal["auto"]
@@ -48,3 +49,4 @@ def cvx_components() -> Iterable[Component]:
     )
     yield Component("strategy", "zero3", ShardConfig, f"{target}zero3", summary="parameters sharded too")
     yield from layerzero_config.components()
+    yield from tp_config.components()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Loop:
         assert parts.make_optimizer is not None
         self._config, self._spec, self._module, self._device = config, spec, module, parts.device
         self._loaded, self._mesh, self._before_update = parts.loaded, parts.mesh, parts.before_update
+        self._after_backward = parts.after_backward
         self._named = [(name, p) for name, p in module.named_parameters() if name in parts.trainable]
         self._optimizer = parts.make_optimizer([ParamGroup(self._named, {})])
         for group in self._optimizer.param_groups:
@@ -59,7 +61,9 @@ class Loop:
         step, cursor = self._resume(loader)
         last = config.stop_at or config.steps
         records = self._start_records(step)
-        works = self._works(loader, cursor, step * config.accumulate)
+        works = islice(
+            self._works(loader, cursor, step * config.accumulate), max(last - step, 0) * config.accumulate
+        )
         stream = encode(works) if encode is not None else works
         saved = step
         with progress("train", last, step) as bar, _stop_requested() as stopping:
@@ -128,6 +132,7 @@ class Loop:
         """Clip, step and clear the gradients; return the norm before clipping."""
         for group in self._optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_scale(step, self._config)
+        self._after_backward()
         norm = float(clip([p for _, p in self._named], self._config.grad_clip, self._mesh))
         if not math.isfinite(norm):
             bad = [name for name, p in self._named if p.grad is not None and not torch.isfinite(p.grad).all()]
