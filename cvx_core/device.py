@@ -55,6 +55,12 @@ def pick(name: str, local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     if not getattr(torch, name).is_available():
         raise CvxError(f"device {name!r} was asked for, but none is available here. Use device: auto or cpu.")
+    count = getattr(torch, name).device_count()
+    if local_rank >= count:
+        raise CvxError(
+            f"this is process {local_rank + 1} on a host with {count} {name} devices. "
+            f"Start at most {count} here (torchrun --nproc-per-node {count})."
+        )
     return torch.device(name, local_rank)
 
 

@@ -11,6 +11,10 @@ class CvxError(Exception):
     """Base of every error that a user can act on; the command line prints it without a traceback."""
 
 
+class SaidError(CvxError):
+    """Ends a rank of a run without a word, since another one has said what is wrong."""
+
+
 class PluginError(CvxError):
     """A plugin package is at fault: it fails to import, collides or breaks a contract."""
 

@@ -39,7 +39,9 @@ class MeshError(CvxError):
 
 @dataclass(frozen=True)
 class Request:
-    """What one strategy asks for. degrees: {axis: ranks, None to take what is left}."""
+    """What one strategy asks for. degrees: {axis: ranks, None to take what is left}; a data axis that it
+    keeps at one rank comes before the one it uses.
+    """
 
     name: str
     degrees: Mapping[str, int | None]
@@ -72,68 +74,141 @@ class Degrees:
 
     def __str__(self) -> str:
         parts = [f"{name} {self.sizes[name]}" for name in AXES if self.sizes.get(name, 1) > 1]
-        return " x ".join(parts) or "one process"
+        return f"{' x '.join(parts)} = {self.world} processes" if parts else "one process"
 
 
 def solve(requests: Sequence[Request], world: int) -> Degrees:
     """Return the degrees of a mesh of `world` ranks. Raises MeshError with the arithmetic and a way out."""
-    owners = check_owners(requests)
-    stated = {
-        axis: size for request in requests for axis, size in request.degrees.items() if size is not None
-    }
-    open_axes = [axis for request in requests for axis, size in request.degrees.items() if size is None]
+    check(requests)
+    if not requests and world > 1:
+        raise MeshError(
+            f"nothing says how {world} processes share the work. Add `parallel: [{{use: ddp}}]`, "
+            "or start one process."
+        )
+    stated = {axis: size for r in requests for axis, size in r.degrees.items() if size is not None}
+    open_axes = [axis for r in requests for axis, size in r.degrees.items() if size is None]
     product = math.prod(stated.values())
-    arithmetic = " x ".join(f"{axis} {size} ({owners[axis][0]})" for axis, size in stated.items()) or "1"
-    if len(open_axes) > 1:
-        names = " and ".join(f"{axis} ({owners[axis][0]})" for axis in open_axes)
-        raise MeshError(f"{names} both take what is left of {world} ranks. State the size of one of them.")
+    if world % product == 0 and (open_axes or product == world):
+        return Degrees({**stated, **dict.fromkeys(open_axes, world // product)})
+    labels = _labels(requests)
+    factors = [f"{labels[axis]} {size}" for axis, size in stated.items() if size > 1]
+    arithmetic = " x ".join(factors) + (f" = {product}" if len(factors) > 1 else "")
+    fault = f"but there are {world} processes"
     if open_axes:
-        if world % product:
-            raise MeshError(
-                f"{arithmetic} = {product} does not divide {world} ranks, so nothing whole is left for "
-                f"{open_axes[0]} ({owners[open_axes[0]][0]}). {_nearest(stated, owners, world)}"
-            )
-        return Degrees({**stated, open_axes[0]: world // product})
-    if product != world:
-        hint = _missing_data(owners, product, world) or _nearest(stated, owners, world)
-        raise MeshError(f"{arithmetic} = {product}, but there are {world} ranks. {hint}")
-    return Degrees(stated)
+        fault = (
+            f"which does not divide {world} processes, so nothing whole is left for {labels[open_axes[0]]}"
+        )
+    if not factors:
+        arithmetic, fault = f"the mesh has one rank, but there are {world} processes", ""
+    near = nearest(requests, world)
+    changed = [axis for axis, size in near.sizes.items() if stated.get(axis, size) != size]
+    owners = {axis: index for index, r in enumerate(requests) for axis in r.degrees}
+    owner = owners[changed[0]] if len({owners[axis] for axis in changed}) == 1 else None
+    remedy = _remedy(requests, near, changed, labels, _other_worlds(product, world, bool(open_axes)))
+    raise MeshError(f"{', '.join(part for part in (arithmetic, fault) if part)}. {remedy}", owner)
 
 
-def check_owners(requests: Sequence[Request]) -> dict[str, tuple[str, int]]:
-    """Return {axis: (strategy, its index)}. Raises MeshError where two own one axis."""
-    owners: dict[str, tuple[str, int]] = {}
+def check(requests: Sequence[Request]) -> None:
+    """Check what does not depend on the number of ranks. Raises MeshError: sizes below 1, strategies given
+    twice, axes that two own, two that take what is left.
+    """
+    owners: dict[str, int] = {}
+    takes: int | None = None
     for index, request in enumerate(requests):
-        for axis in request.degrees:
-            if axis in owners:
+        if request.name in (other.name for other in requests[:index]):
+            raise MeshError(f"{request.name!r} is given twice. Keep one.", index)
+        for axis, size in request.degrees.items():
+            if axis not in AXES:
                 raise MeshError(
-                    f"{request.name!r} and {owners[axis][0]!r} both own axis {axis} of the mesh. Keep one.",
+                    f"{request.name!r} asks for axis {axis!r}; a mesh has {', '.join(AXES)}.",
                     index,
                 )
-            owners[axis] = (request.name, index)
-    return owners
+            if size is not None and size < 1:
+                raise MeshError(
+                    f"{request.name!r} asks for {size} ranks along {axis}; Give 1 or more.", index
+                )
+            if axis in owners:
+                other = requests[owners[axis]].name
+                raise MeshError(f"{request.name!r} and {other!r} both own axis {axis}. Keep one.", index)
+            owners[axis] = index
+            if size is None and takes is not None:
+                raise MeshError(
+                    f"{request.name!r} and {requests[takes].name!r} both take what is left of the ranks "
+                    "(size: auto). State the size of one of them.",
+                    index,
+                )
+            takes = index if size is None else takes
 
 
-def _missing_data(owners: Mapping[str, Any], product: int, world: int) -> str:
-    if any(axis in owners for axis in DATA) or world % product:
-        return ""
-    return f"Add a data strategy for the other factor of {world // product}, such as `- {{use: zero2}}`."
+def nearest(requests: Sequence[Request], world: int) -> Degrees:
+    """Return the mesh of `world` ranks that changes the fewest of the sizes asked for, and these the least.
+
+    Where nobody owns the data axes, they count as one rank, and changing that is preferred. Requests are
+    checked.
+    """
+    kept = {axis for request in requests for axis in _kept(request)}
+    wanted = {axis: size for r in requests for axis, size in r.degrees.items() if axis not in kept}
+    cheap: tuple[str, ...] = ()
+    if not any(axis in wanted for axis in DATA):
+        wanted["dp_replicate"], cheap = 1, ("dp_replicate",)
+    best: dict[int, tuple[float, dict[str, int]]] = {1: (0.0, {})}  # by product of the axes seen so far
+    for axis, size in wanted.items():
+        following: dict[int, tuple[float, dict[str, int]]] = {}
+        for product, (cost, sizes) in best.items():
+            for other in _divisors(world // product):
+                extra = 0.0 if size in (None, other) else _change(size or 1, other, axis in cheap)
+                step = (cost + extra, {**sizes, axis: other})
+                if product * other not in following or step[0] < following[product * other][0]:
+                    following[product * other] = step
+        best = following
+    return Degrees(best[world][1])
 
 
-def _nearest(stated: Mapping[str, int], owners: Mapping[str, tuple[str, int]], world: int) -> str:
-    """Return the change of one size that makes a mesh and is smallest."""
-    best: tuple[float, str] | None = None
-    product = math.prod(stated.values())
-    has_data = any(axis in owners for axis in DATA)
-    for axis, size in stated.items():
-        rest = product // size
-        for other in _divisors(world):
-            fits = world % (rest * other) == 0 if has_data and axis not in DATA else rest * other == world
-            if fits and other != size:
-                distance = abs(math.log(other / size))
-                if best is None or distance < best[0]:
-                    best = (distance, f"With {axis} {other} ({owners[axis][0]}) it would.")
-    return best[1] if best else f"Choose sizes whose product is {world}."
+def _change(size: int, other: int, is_cheap: bool) -> float:
+    """Return what changing a size costs: any change more than any distance."""
+    return (500.0 if is_cheap else 1000.0) + abs(math.log(other / size))
+
+
+def _kept(request: Request) -> list[str]:
+    """Return the data axes that a strategy owns only to keep others off: all but its last, of one rank."""
+    data = [axis for axis in request.degrees if axis in DATA]
+    return [axis for axis in data[:-1] if request.degrees[axis] == 1]
+
+
+def _labels(requests: Sequence[Request]) -> dict[str, str]:
+    """Return how a message names each axis: by its strategy, with the axis where the strategy has several."""
+    result = {}
+    for request in requests:
+        kept = _kept(request)
+        alone = len(request.degrees) - len(kept) == 1
+        for axis in request.degrees:
+            result[axis] = request.name if alone and axis not in kept else f"{request.name} {axis}"
+    return result
+
+
+def _remedy(
+    requests: Sequence[Request],
+    near: Degrees,
+    changed: Sequence[str],
+    labels: Mapping[str, str],
+    worlds: Sequence[int],
+) -> str:
+    """Return the nearest mesh as advice."""
+    asked = {axis for request in requests for axis in request.degrees}
+    steps = [f"{labels[axis]} to {near.sizes[axis]}" for axis in changed]
+    parts = [f"Set {' and '.join(steps)}"] if steps else []
+    if any(size > 1 and axis not in asked for axis, size in near.sizes.items()):
+        parts.append(f"{'add' if parts else 'Add'} `- {{use: ddp}}`")
+    noun = "process" if list(worlds) == [1] else "processes"
+    return f"{' and '.join(parts)}, or start {' or '.join(map(str, worlds))} {noun}."
+
+
+def _other_worlds(product: int, world: int, is_open: bool) -> list[int]:
+    """Return the numbers of processes nearest to `world` that would fit."""
+    if not is_open:
+        return [product]
+    below = world // product * product
+    return [number for number in (below, below + product) if number]
 
 
 def _divisors(number: int) -> Iterable[int]:

@@ -7,12 +7,14 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
-from cvx_core.errors import CvxError
+from cvx_core.errors import CvxError, SaidError
+from cvx_core.mesh import solve
 from cvx_core.recipe import load
 from cvx_core.registry import KINDS, Registry
 from cvx_core.spec import Spec, resolve
-from cvx_core.world import World, joined
+from cvx_core.world import World
 
 EXAMPLES = """examples:
   python -m cvx_core.run recipe.yaml
@@ -29,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return _run(args)
+    except SaidError:
+        return 2
     except CvxError as error:
         print(error, file=sys.stderr)
         return 2
@@ -38,11 +42,12 @@ def run(spec: Spec) -> None:
     """Build, place and run a spec: the library's form of the command."""
     from cvx_core import device
     from cvx_core.building import build
+    from cvx_core.joining import joined
     from cvx_core.placing import place
 
     world = World.stated()
-    with joined(world, device.pick(spec.run.device, world.local_rank).type):
-        parts = place(build(spec), spec)
+    with joined(world, spec, device.pick(spec.run.device, world.local_rank)) as mark:
+        parts = replace(place(build(spec), spec), mark=mark)
         parts.task.run(parts, spec)
 
 
@@ -60,23 +65,26 @@ def _run(args: argparse.Namespace) -> int:
     world = World.stated()
     spec = resolve(load(args.recipe, args.set), world=args.world or (None if args.check else world.size))
     if args.check:
-        print(report(spec))
+        print(report(spec, args.world))
         return 0
     level = logging.INFO if world.rank == 0 else logging.WARNING  # the first process speaks for all
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("cvx").info("%s", report(spec))
+    logging.getLogger("cvx").info("%s", report(spec, world.size))
     run(spec)
     return 0
 
 
-def report(spec: Spec) -> str:
-    """Return what a recipe resolves to, a line each."""
+def report(spec: Spec, world: int | None = None) -> str:
+    """Return what a recipe resolves to, a line each. world: the number of processes, if known."""
     video = spec.video
     lines = [f"{spec.recipe.source}: ok ({spec.digest})"]
     lines += [f"  {note}" for note in spec.notes]
     chosen = ", ".join(f"{section} {choice.name}" for section, choice in spec.choices.items())
     lines.append(f"  {chosen}")
     lines.append(f"  video {video.frames} frames of {video.height}x{video.width} at {video.fps:g} fps")
+    if spec.parallel:
+        names = ", ".join(choice.name for choice in spec.parallel)
+        lines.append(f"  parallel {names}" + (f": {solve(spec.requests, world)}" if world else ""))
     lines.append(f"  output {spec.output}")
     return "\n".join(lines)
 

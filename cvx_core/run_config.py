@@ -63,6 +63,8 @@ class RunConfig(Config):
     """Precision of weights and activations; `auto`: float32 on the CPU, the predictor's release precision
     elsewhere.
     """
+    timeout_s: Annotated[float, Field(gt=0)] = 600
+    """Several processes: seconds after which one that does not come, or holds up the others, ends the run."""
     video: VideoConfig = VideoConfig()
     """Geometry."""
     loader: LoaderConfig = LoaderConfig()

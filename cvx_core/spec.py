@@ -18,7 +18,7 @@ from cvx_core.card import Card
 from cvx_core.config import Config
 from cvx_core.errors import FormatError, PluginError, Problem, RecipeError, did_you_mean
 from cvx_core.fields import FieldReader
-from cvx_core.mesh import MeshError, Request, check_owners, solve
+from cvx_core.mesh import MeshError, Request, check, solve
 from cvx_core.recipe import Address, Recipe
 from cvx_core.registry import Choice, Registry
 from cvx_core.run_config import LoaderConfig, RunConfig, VideoConfig
@@ -264,7 +264,7 @@ class _Resolver:
         for index, choice in enumerate(spec.parallel):
             self._collect(("parallel", index), choice.config.check(spec))
         try:
-            solve(spec.requests, self.world) if self.world is not None else check_owners(spec.requests)
+            solve(spec.requests, self.world) if self.world is not None else check(spec.requests)
         except MeshError as error:
             address = ("parallel",) if error.owner is None else ("parallel", error.owner)
             self._problem(address, str(error))

@@ -1,14 +1,10 @@
-"""This process among those of a run: rank and size as a launcher states them; joining the others."""
+"""This process among those of a run: rank and size as a launcher states them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 
-from cvx_core.device import TABLE
 from cvx_core.errors import CvxError
 
 _USUAL = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
@@ -24,7 +20,7 @@ class World:
 
     @classmethod
     def stated(cls) -> World:
-        """Return what torchrun or SLURM states in the environment; alone where nothing is.
+        """Return what torchrun states in the environment; alone where nothing is.
 
         Raises CvxError where it contradicts itself.
         """
@@ -36,23 +32,3 @@ class World:
         if not 0 <= rank < size:
             raise CvxError(f"the environment states RANK={rank} of WORLD_SIZE={size}. Launch with torchrun.")
         return cls(rank, size, local)
-
-
-@contextmanager
-def joined(world: World, device_type: str, timeout_s: float = 600.0) -> Iterator[None]:
-    """Join the other processes for as long as the context lasts; alone, or where joined already, do nothing.
-
-    On accelerators the group has a CPU backend too, for checkpoints saved in the background.
-    """
-    import torch.distributed as dist
-
-    if world.size == 1 or dist.is_initialized():
-        yield
-        return
-    backend = TABLE[device_type].backend
-    both = backend if device_type == "cpu" else f"cpu:gloo,{device_type}:{backend}"
-    dist.init_process_group(both, timeout=timedelta(seconds=timeout_s))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from cvx_core.world import World
+
 log = logging.getLogger("cvx")
 
 
@@ -42,8 +44,10 @@ class _Bar:
 
 @contextmanager
 def progress(what: str, total: int, done: int = 0, in_bytes: bool = False) -> Iterator[Progress]:
-    """Show how far a loop of `total` steps, or bytes, is; call step() after each."""
-    if not sys.stdout.isatty():
+    """Show how far a loop of `total` steps, or bytes, is; call step() after each. Of several processes only
+    the first has a bar.
+    """
+    if not sys.stdout.isatty() or World.stated().rank > 0:
         yield _Lines(what, total, done, in_bytes)
         return
     from rich.progress import (

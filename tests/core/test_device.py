@@ -15,7 +15,15 @@ def test_auto_takes_the_accelerator_else_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert device.pick("auto", local_rank=1) == torch.device("cuda", 1)
+
+
+def test_more_processes_than_devices_on_a_host_are_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(CvxError, match=r"process 3 on a host with 2 cuda devices\. Start at most 2"):
+        device.pick("cuda", local_rank=2)
 
 
 def test_a_device_that_is_not_there_is_an_error(monkeypatch):

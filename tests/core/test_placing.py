@@ -89,11 +89,11 @@ class Box:
 @pytest.fixture
 def registry():
     here = __name__
-    parts = {"net": build_net, "job": Job, "mark": Marking, "box": Box}
+    parts = {"net": build_net, "job": Job, "box": Box, **dict.fromkeys("abc", Marking)}
     components = [
         Component("predictor", "net", NetConfig, f"{here}:net"),
         Component("task", "job", JobConfig, f"{here}:job"),
-        Component("strategy", "mark", MarkConfig, f"{here}:mark"),
+        *(Component("strategy", name, MarkConfig, f"{here}:mark") for name in ("a", "b", "c")),
         Component("format", "box", BoxConfig, f"{here}:box"),
     ]
     Marking.applied.clear()
@@ -165,7 +165,8 @@ def test_a_factory_that_allocates_is_the_plugin_authors_error(registry, flaw, sa
 
 def test_strategies_are_applied_by_stage_not_by_order(registry):
     marks = ", ".join(
-        f"{{use: mark, stage: {int(s)}, mark: {s.name}}}" for s in (Stage.FEED, Stage.ADAPT, Stage.RUN)
+        f"{{use: {name}, stage: {int(s)}, mark: {s.name}}}"
+        for name, s in zip("abc", (Stage.FEED, Stage.ADAPT, Stage.RUN), strict=True)
     )
     made(registry, f"predictor: {{use: net}}\nparallel: [{marks}]\n")
     assert Marking.applied == ["ADAPT", "RUN", "FEED"]

@@ -1,0 +1,83 @@
+"""Joining the other processes of a run: a look at each, a group of all, and a watch over them meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from cvx_core.device import TABLE
+from cvx_core.errors import CvxError
+from cvx_core.preflight import facts, preflight
+from cvx_core.spec import Spec
+from cvx_core.watch import Watch
+from cvx_core.world import World
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import Store
+
+LATER_S = 30.0
+"""By how much a collective waits longer than the watch, which can say who is missing."""
+
+
+@contextmanager
+def joined(world: World, spec: Spec, device: torch.device) -> Iterator[Callable[[str], None]]:
+    """Join the other processes for as long as the context lasts; alone, or where joined already, do nothing.
+
+    Yields what states progress. An error inside is told to the others, so that all end; one that comes from
+    a peer gives way to the watch, which names the peer. Raises CvxError where processes are missing or not
+    alike, before any group forms. On accelerators the group has a CPU backend too, for checkpoints saved in
+    the background.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if world.size == 1 or dist.is_initialized():
+        yield lambda _what: None
+        return
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+    timeout_s = spec.run.timeout_s
+    store: Any = _store(timeout_s)
+    everyone = preflight(dist.PrefixStore("preflight", store), facts(spec, world, device), world, timeout_s)
+    names = [f"rank {one.rank} ({one.host}, process {one.pid})" for one in everyone]
+    speaks = world.local_rank == 0 or world.rank == 1
+    watch = Watch(dist.PrefixStore("watch", store.clone()), world.rank, names, timeout_s, speaks)
+    watch.start()
+    try:
+        dist.init_process_group(
+            _backend(device.type),
+            store=dist.PrefixStore("group", store),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(seconds=timeout_s + LATER_S),
+        )
+        yield watch.mark
+        dist.destroy_process_group()
+    except BaseException as error:
+        final = watch.final(error)  # the group is left as it is: taking it apart could wait for a peer
+        if final is error:
+            raise
+        raise final from error
+    watch.end()
+
+
+def _store(timeout_s: float) -> Store:
+    """Return the launcher's key-value store."""
+    import torch.distributed as dist
+
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    except (ValueError, RuntimeError) as error:
+        raise CvxError(
+            f"the other processes cannot be found: {str(error).splitlines()[0]}. Launch with torchrun, "
+            "or set MASTER_ADDR and MASTER_PORT to the host of rank 0 and a free port there."
+        ) from error
+    return store
+
+
+def _backend(device_type: str) -> str:
+    backend = TABLE[device_type].backend
+    return backend if device_type == "cpu" else f"cpu:gloo,{device_type}:{backend}"
