@@ -44,6 +44,7 @@ _CLASSES = {
     "pathlib._local.WindowsPath",
 }
 """All that torch's own writer names in .metadata, besides dtypes."""
+_ENUMS = (f"{_DCP}.metadata._MEM_FORMAT_ENCODING", f"{_SHARDED}.MEM_FORMAT_ENCODING")
 _OTHER_DTYPES = ("complex32", "complex128", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
 """Dtypes that may occur, but that no tensor to be read can have."""
 
@@ -91,7 +92,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path}: no file {METADATA} in it, so it is no complete distributed checkpoint. "
             "Give the folder that holds the .distcp files; a hidden file is easily left behind in a copy."
         )
-    tree = load(file.read_bytes(), str(file), {("torch", name): name for name in _OTHER_DTYPES})
+    allowed: dict[tuple[str, str], Any] = {("torch", name): name for name in _OTHER_DTYPES}
+    allowed["builtins", "getattr"] = _member
+    tree = load(file.read_bytes(), str(file), allowed)
     _refuse_foreign(tree, file)
     try:
         return _parsed(path, tree)
@@ -99,6 +102,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise FormatError(
             f"{file}: not the metadata of a distributed checkpoint: {error!r}. Copy or save it again."
         ) from error
+
+
+def _member(owner: Any, name: Any) -> Any:
+    """Stand in for getattr, by which some versions of Python pickle the members of an enum."""
+    if isinstance(owner, type) and issubclass(owner, Inert) and owner.name in _ENUMS:
+        return owner(name)
+    return Inert(owner, name)  # a result of a call, which is refused
 
 
 def _refuse_foreign(tree: Any, file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import enum
 import json
 import os
 import pickle
@@ -691,6 +692,44 @@ def test_code_in_the_metadata_of_a_distributed_checkpoint_is_not_run(trap, copie
     with (path / ".metadata").open("rb") as file:
         metadata = pickle.load(file)
     metadata.planner_data = trap
+    with (path / ".metadata").open("wb") as file:
+        pickle.dump(metadata, file)
+    says(fails(path), path / ".metadata", "was not run", "Do not trust this folder")
+
+
+class ByName(pickle.Pickler):
+    """Pickles members of enums as Python 3.11.2 does: getattr(class, name)."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def test_metadata_that_an_earlier_python_saved_is_read(copied, tmp_path):
+    path = copied("dcp")
+    with (path / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    with (path / ".metadata").open("wb") as file:
+        ByName(file).dump(metadata)
+    assert b"getattr" in (path / ".metadata").read_bytes()
+    assert convert_main([str(path), str(tmp_path / "out"), "--to", "hf", "--verify"]) == 0
+
+
+class Attribute:
+    """Asks for an attribute of a class or a function when it is loaded."""
+
+    def __init__(self, owner):
+        self.owner = owner
+
+    def __reduce__(self):
+        return getattr, (self.owner, "__call__")
+
+
+@pytest.mark.parametrize("owner", [shutil.rmtree, Path, dict])
+def test_metadata_may_take_nothing_else_by_name(owner, copied, fails):
+    path = copied("dcp")
+    with (path / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    metadata.planner_data = Attribute(owner)
     with (path / ".metadata").open("wb") as file:
         pickle.dump(metadata, file)
     says(fails(path), path / ".metadata", "was not run", "Do not trust this folder")
