@@ -10,6 +10,7 @@ from cvx_core.config import Positive
 from cvx_core.strategy import Stage, StrategyConfig
 from cvx_plugins.parallel import tp_config
 from cvx_plugins.parallel import layerzero_config
+from cvx_plugins.parallel import recompute_config
 
 Auto = Literal["auto"]
 
@@ -49,4 +50,5 @@ def cvx_components() -> Iterable[Component]:
     )
     yield Component("strategy", "zero3", ShardConfig, f"{target}zero3", summary="parameters sharded too")
     yield from layerzero_config.components()
+    yield from recompute_config.components()
     yield from tp_config.components()

@@ -1,0 +1,35 @@
+"""recompute and compile: other ways of running a block, in its `run` slot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cvx_core.interfaces import Parts
+from cvx_parallel.recompute import compiled, recomputed
+from cvx_plugins.parallel.recompute_config import CompileConfig, RecomputeConfig
+
+
+class Recompute:
+    """Every n-th block of this rank keeps less, and computes it again."""
+
+    def __init__(self, cfg: RecomputeConfig, _deps: Any):
+        self.cfg = cfg
+
+    def apply(self, parts: Parts) -> Parts:
+        for block in parts.blocks[:: self.cfg.every]:
+            block.run = recomputed(block.run, keep_attention=self.cfg.mode == "selective")
+        return parts
+
+
+class Compile:
+    """Every block is compiled, with whatever other strategies put into it."""
+
+    def __init__(self, cfg: CompileConfig, _deps: Any):
+        self.cfg = cfg
+
+    def apply(self, parts: Parts) -> Parts:
+        module = parts.trained if parts.trained is not None else parts.predictor
+        blocks = list(module.blocks.values())
+        for block in blocks:
+            block.run = compiled(block.run, len(blocks), **self.cfg.model_dump())
+        return parts
