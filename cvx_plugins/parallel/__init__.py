@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from cvx_core import Component, hookimpl
 from cvx_core.config import Positive
 from cvx_core.strategy import Stage, StrategyConfig
+from cvx_plugins.parallel import cp_config
 from cvx_plugins.parallel import tp_config
 from cvx_plugins.parallel import layerzero_config
 from cvx_plugins.parallel import recompute_config
@@ -49,6 +50,7 @@ def cvx_components() -> Iterable[Component]:
         "strategy", "zero2", ShardConfig, f"{target}zero2", summary="gradients and optimizer state sharded"
     )
     yield Component("strategy", "zero3", ShardConfig, f"{target}zero3", summary="parameters sharded too")
+    yield from cp_config.components()
     yield from layerzero_config.components()
     yield from recompute_config.components()
     yield from tp_config.components()

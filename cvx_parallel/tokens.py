@@ -1,0 +1,120 @@
+"""A clip's tokens over ranks: each has a contiguous run of the video, and all of the text.
+
+Runs differ by one token at most, so any number of tokens goes over any number of ranks. Gradients: every rank
+computes the same loss from the whole prediction, and every collective is the exact adjoint of its forward
+pass, so that averaging parameters' gradients over the ranks gives those of one process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from cvx_core.interfaces import Tokens
+from cvx_parallel.tensor import shares
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name
+
+
+Slot = Callable[[Tokens], Tokens]
+Run = Callable[[Slot, Tokens], Tokens]
+
+
+class Lengths(NamedTuple):
+    """How many tokens attention sees. text: on every rank; video: of each rank of a group, in its order."""
+
+    text: int
+    video: tuple[int, ...]
+
+
+class Context:
+    """Video tokens over a group of ranks, ring x ulysses, the ring outside.
+
+    Attention cannot tell text from video; `watch` notes lengths when tokens enter a block, and `of_ulysses`
+    and `of_ring` return them.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, ring: int, ulysses: int):
+        self._group, self._rank = group, dist.get_rank(group)
+        self._ring, self._ulysses = ring, ulysses
+        self._now = Lengths(0, (0,) * (ring * ulysses))
+
+    def split(self, tokens: Tokens) -> Tokens:
+        """Keep this rank's run of the video, and the rows of the rotary tables that belong to it."""
+        sizes = list(self._sizes(tokens))
+        mine = tokens.video.split(sizes, dim=1)[self._rank]
+        rope = tokens.rope
+        if rope is not None:
+            cos, sin = (table.split(sizes)[self._rank] for table in rope)
+            rope = (cos, sin)
+        return tokens._replace(video=mine, rope=rope)
+
+    def join(self, tokens: Tokens) -> Tokens:
+        """Return the whole video on every rank; rotary tables stay as they are. One all-gather of S/P D."""
+        return tokens._replace(video=_Join.apply(tokens.video, self._sizes(tokens), self._group))
+
+    def watch(self, run: Run) -> Run:
+        """Return a block's `run` that notes lengths: ranks may have blocks and split nothing themselves."""
+
+        def noting(body: Slot, tokens: Tokens) -> Tokens:
+            self._now = Lengths(tokens.text.shape[1], self._sizes(tokens))
+            return run(body, tokens)
+
+        return noting
+
+    def of_ulysses(self) -> Lengths:
+        """Return the lengths on the ranks that share out heads with this one."""
+        first = self._rank // self._ulysses * self._ulysses
+        return Lengths(self._now.text, self._now.video[first : first + self._ulysses])
+
+    def of_ring(self) -> Lengths:
+        """Return the lengths on the ranks of this one's ring, each with the video of its ulysses group."""
+        firsts = range(0, self._ring * self._ulysses, self._ulysses)
+        sums = tuple(sum(self._now.video[first : first + self._ulysses]) for first in firsts)
+        return Lengths(self._now.text, sums)
+
+    def _sizes(self, tokens: Tokens) -> tuple[int, ...]:
+        return shares(math.prod(tokens.grid), self._ring * self._ulysses)
+
+
+def check(q: Tensor, mask: Tensor | None, length: int) -> None:
+    """Raise ValueError for a mask, and for queries (B,N,L+S,K) that are not as many as entered the block."""
+    if mask is not None:
+        raise ValueError(
+            f"attention got a mask {tuple(mask.shape)}, but with `cp` a rank sees some of the tokens only, "
+            "and masks are not shared out. Leave out `cp`, or use a predictor that masks nothing."
+        )
+    if q.shape[2] != length:
+        raise ValueError(
+            f"attention got {q.shape[2]} tokens where {length} entered the block last. With `cp`, a block "
+            "may only be run again for the tokens that it saw last."
+        )
+
+
+def gather(x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Return the ranks' x joined along a dim, in which they have `sizes`. One padded all-gather."""
+    padded = x.new_zeros(*x.shape[:dim], max(sizes), *x.shape[dim + 1 :])
+    padded.narrow(dim, 0, x.shape[dim]).copy_(x)
+    pieces = x.new_empty(len(sizes) * padded.numel())
+    _all_gather(pieces, padded.view(-1), group=group)
+    pairs = zip(pieces.view(len(sizes), *padded.shape), sizes, strict=True)
+    return torch.cat([piece.narrow(dim, 0, size) for piece, size in pairs], dim)
+
+
+class _Join(Function):
+    """All-gather along dim 1. All ranks go on alike, so the sum of their gradients is a multiple of one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.rank = sizes, dist.get_rank(group)
+        return gather(x, 1, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.split(ctx.sizes, dim=1)[ctx.rank] * len(ctx.sizes), None, None
