@@ -56,13 +56,14 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, padding=(0, kernel // 2, kernel // 2))
         self.frames = kernel - 1
         self.halo: Halo = past_or_first_frame
+        self.keeps_tail = True  # False where the halo does not come from this process
 
     def extend(self, x: Tensor, chunk: Chunk) -> Tensor:
         """Return x (B,C,F,H,W) with its halo in front, and keep its tail for the next chunk."""
         if not self.frames:
             return x
         x = torch.cat([self.halo(x, self.frames, chunk.tails.pop(self, None)), x], dim=2)
-        if not chunk.is_last:
+        if self.keeps_tail and not chunk.is_last:
             chunk.tails[self] = x[:, :, -self.frames :].clone()
         return x
 

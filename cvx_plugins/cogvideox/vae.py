@@ -110,6 +110,8 @@ class CogVideoXVAE(nn.Module):
 
     Slots, besides `halo` of each causal convolution and `normalise` of each group norm:
     encode_grid, decode_grid: frames (latent frames) -> chunk lengths;
+    cut: (frames, lead, unit) -> chunk lengths of a clip that is coded in one pass: `lead` frames and whole
+    units in the first, units after it, what is left in the last;
     chunks: number of chunks -> indices of those to run here, in order;
     gather: (outputs of those chunks, number of chunks) -> outputs of all chunks, in order.
     """
@@ -123,13 +125,16 @@ class CogVideoXVAE(nn.Module):
         self.scale_factor = cfg.scale_factor
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
-        self.encode_grid: Grid = whole if cfg.encode == "whole" else partial(chunked, size=cfg.encode_chunk)
+        self.encode_grid: Grid = (
+            self._whole_video if cfg.encode == "whole" else partial(chunked, size=cfg.encode_chunk)
+        )
         decode_grids: dict[str, Grid] = {
-            "whole": whole,
+            "whole": self._whole_latent,
             "balanced": balanced,
             "chunked": partial(chunked, size=cfg.decode_chunk),
         }
         self.decode_grid = decode_grids[cfg.decode]
+        self.cut: Callable[[int, int, int], tuple[int, ...]] = whole
         self.chunks: Callable[[int], Iterable[int]] = range
         self.gather: Callable[[list[Tensor], int], list[Tensor]] = _all_are_here
 
@@ -173,6 +178,18 @@ class CogVideoXVAE(nn.Module):
             return None
         bound = weight[0].numel() ** -0.5
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+    def one_pass(self) -> Iterator[nn.Module]:
+        """Yield the networks whose group norms look at all frames of a clip."""
+        nets = {"encode": self.encoder, "decode": self.decoder}
+        yield from (nets[name] for name in self.cfg.in_one_pass)
+
+    def _whole_video(self, frames: int) -> tuple[int, ...]:
+        unit = self.compression[0]
+        return self.cut(frames, frames % unit if self.cfg.encode_first_frame == "odd" else 1, unit)
+
+    def _whole_latent(self, frames: int) -> tuple[int, ...]:
+        return self.cut(frames, frames % 2, 2)
 
     def _posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         self._check(video, self.cfg.in_channels, self.compression[1:], "video")

@@ -54,6 +54,7 @@ class CogVideoXVAEConfig(Config):
     """3D causal autoencoder of CogVideoX. The defaults are the released model, run as Diffusers runs it."""
 
     family: ClassVar[str] = "cogvideox-vae"
+    in_chunks: ClassVar[bool] = True  # a clip can be coded by several ranks
 
     in_channels: Positive = 3
     """Channels of the video that is encoded."""
@@ -104,6 +105,11 @@ class CogVideoXVAEConfig(Config):
     def widths(self) -> tuple[int, ...]:
         """Channels of each level, full resolution first."""
         return tuple(self.base_channels * multiplier for multiplier in self.channel_multipliers)
+
+    @property
+    def in_one_pass(self) -> tuple[str, ...]:
+        """The fields that have a clip coded in one pass, so that norms look at all of its frames."""
+        return tuple(name for name in ("encode", "decode") if getattr(self, name) == "whole")
 
     @property
     def groups(self) -> int:

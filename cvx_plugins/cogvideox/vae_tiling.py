@@ -14,7 +14,7 @@ def chunked(frames: int, size: int) -> tuple[int, ...]:
     return (frames - size * (count - 1), *[size] * (count - 1))
 
 
-def whole(frames: int) -> tuple[int, ...]:
+def whole(frames: int, lead: int, unit: int) -> tuple[int, ...]:  # noqa: ARG001
     """Return one chunk."""
     return (frames,)
 

@@ -8,10 +8,16 @@ from typing import ClassVar, Literal
 from cvx_core import Component, hookimpl
 from cvx_core.config import Positive
 from cvx_core.strategy import Stage, StrategyConfig
-from cvx_plugins.parallel import cp_config
-from cvx_plugins.parallel import tp_config
-from cvx_plugins.parallel import layerzero_config
-from cvx_plugins.parallel import recompute_config
+from cvx_plugins.parallel import (
+    cp_config,
+    encoder_dp_config,
+    interleave_config,
+    layerzero_config,
+    pp_config,
+    recompute_config,
+    tp_config,
+    vae_cp_config,
+)
 
 Auto = Literal["auto"]
 
@@ -51,6 +57,10 @@ def cvx_components() -> Iterable[Component]:
     )
     yield Component("strategy", "zero3", ShardConfig, f"{target}zero3", summary="parameters sharded too")
     yield from cp_config.components()
-    yield from layerzero_config.components()
-    yield from recompute_config.components()
     yield from tp_config.components()
+    yield from pp_config.components()
+    yield from layerzero_config.components()
+    yield from encoder_dp_config.components()
+    yield from interleave_config.components()
+    yield from vae_cp_config.components()
+    yield from recompute_config.components()

@@ -5,7 +5,7 @@ encoded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ class Encoded(NamedTuple):
 class Encoder:
     """Encodes batches for training. What `remember` was given is never encoded again.
 
+    Rows go through the encoders one at a time: what a row becomes does not depend, not in the last bit, on
+    the rows beside it, and so not on how many ranks share a batch.
+
     Slots: moments_of(video) returns mean and standard deviation of the posterior, each (B,C,T,h,w);
     embeds_of(prompts) returns embeddings (B,L,D) and mask (B,L).
     """
@@ -41,8 +44,10 @@ class Encoder:
         self._parts, self._card, self._image_noise = parts, card, image_noise
         self._rows: dict[str, Encoded] = {}
         self._texts: dict[str, tuple[Tensor, Tensor]] = {}
-        self.moments_of: Callable[[Tensor], tuple[Tensor, Tensor]] = parts.autoencoder.moments
-        self.embeds_of: Callable[[Sequence[str]], tuple[Tensor, Tensor]] = parts.text_encoder.encode
+        self.moments_of: Callable[[Tensor], tuple[Tensor, Tensor]] = row_by_row(parts.autoencoder.moments)
+        self.embeds_of: Callable[[Sequence[str]], tuple[Tensor, Tensor]] = row_by_row(
+            parts.text_encoder.encode
+        )
 
     def stream(self, works: Iterator[Work]) -> Iterator[Work]:
         """Yield work with its features: the default of `parts.encode`."""
@@ -106,6 +111,16 @@ class Encoder:
             sigma = torch.exp(mean + deviation * torch.randn((), generator=generator))
             noisy.append(image + sigma * torch.randn(image.shape, generator=generator))
         return torch.stack(noisy)
+
+
+def row_by_row(function: Callable[[Any], tuple[Tensor, Tensor]]) -> Callable[[Any], tuple[Tensor, Tensor]]:
+    """Return a function of B rows that runs on one at a time and returns two tensors with B rows."""
+
+    def each(rows: Any) -> tuple[Tensor, Tensor]:
+        done = [function(rows[i : i + 1]) for i in range(len(rows))]
+        return torch.cat([first for first, _ in done]), torch.cat([second for _, second in done])
+
+    return each
 
 
 def draw(moments: Moments, generator: torch.Generator) -> Tensor:

@@ -28,6 +28,7 @@ class Train:
 
     def __init__(self, config: TrainConfig, deps: Deps):
         self._config = config
+        self._empty: tuple[Tensor, Tensor] | None = None
 
     def prepare(self, parts: Parts, spec: Spec) -> Parts:
         """Fill `encode` and `forward_backward` with their one-device forms."""
@@ -60,6 +61,8 @@ class Train:
             assert work.features is not None
             return forward_backward(self._drop(work.features, parts, work.draws), work.draws)
 
+        if self._config.text_dropout:
+            self._no_text(parts)
         parts.predictor.train()
         finished = Loop(self._config, parts, spec, parts.predictor).run(loader, step, parts.encode)
         if finished and self._config.export is not None:
@@ -73,6 +76,13 @@ class Train:
                 parts.encoder.remember(batch)
                 bar.step()
 
+    @torch.no_grad()
+    def _no_text(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        """Return what stands for no text, asked of the text encoder once: it may leave the device later."""
+        if self._empty is None:
+            self._empty = parts.text_encoder.unconditional(1)
+        return self._empty
+
     def _drop(self, features: Features, parts: Parts, draws: Draws) -> Features:
         """Drop text and image of some rows, so that guidance has an unconditional prediction to use."""
         chances = torch.stack([torch.rand(2, generator=generator) for generator in draws.of("dropout")])
@@ -80,7 +90,7 @@ class Train:
         image = chances[:, 1] < self._config.image_dropout
         if text.any():
             embeds, mask = features.text_embeds.clone(), features.text_mask.clone()
-            empty_embeds, empty_mask = parts.text_encoder.unconditional(1)
+            empty_embeds, empty_mask = self._no_text(parts)
             embeds[text], mask[text] = empty_embeds.to(embeds), empty_mask.to(mask)
             features = features._replace(text_embeds=embeds, text_mask=mask)
         if features.image_latent is not None and image.any():

@@ -1,0 +1,53 @@
+"""vae-cp: the autoencoder codes one clip on several ranks. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from cvx_core import Component, Problem
+from cvx_core.spec import Spec
+from cvx_core.strategy import Stage, StrategyConfig
+from cvx_plugins.parallel.borrowing import lone
+
+
+class VaeCPConfig(StrategyConfig):
+    """Ranks that see the same rows take chunks of a clip in turns; the result is the same to the bit."""
+
+    stage: ClassVar[Stage] = Stage.AUTOENCODER
+
+    exact: bool = True
+    """Refuse what is not the same to the bit. false allows an autoencoder that codes a clip in one pass: the
+    statistics of its norms are shared, and convolutions of fewer frames may round otherwise.
+    """
+
+    def check(self, spec: Spec) -> Iterable[Problem]:
+        yield from lone(spec, "codes chunks of a clip")
+        config, name = spec.config("autoencoder"), spec.name_of("autoencoder")
+        if config is not None and not getattr(config, "in_chunks", False):
+            yield Problem(
+                "", f"autoencoder {name!r} cannot code a clip on several ranks. Remove this strategy."
+            )
+        for field in getattr(config, "in_one_pass", ()) if self.exact else ():
+            yield Problem(
+                "exact",
+                f"autoencoder.{field} is 'whole', which on several ranks is the same up to rounding only. "
+                f"Set autoencoder.{field}=chunked, or exact: false.",
+            )
+        if getattr(spec.config("task"), "trains", None) == "autoencoder":
+            yield Problem(
+                "",
+                f"carries no gradients, but task {spec.name_of('task')!r} trains the autoencoder. "
+                "Remove this strategy.",
+            )
+
+
+def components() -> Iterable[Component]:
+    """Yield the strategy."""
+    yield Component(
+        "strategy",
+        "vae-cp",
+        VaeCPConfig,
+        "cvx_plugins.parallel.vae_cp:VaeCP",
+        summary="chunks of a clip shared by ranks that see the same rows",
+    )
