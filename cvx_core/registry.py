@@ -161,10 +161,10 @@ class Registry:
         if getattr(format.config, "canonical", False):
             return None
         known = [name.rpartition(":") for name in self.names("names")]
-        able = sorted({owner for name, _, owner in known if name == family})
-        able += [c.name for c, _ in self.all("format") if getattr(c.config, "canonical", False)]
+        able = {owner for name, _, owner in known if name == family}
+        able |= {c.name for c, _ in self.all("format") if _keeps_names(c)}
         raise PluginError(
-            f"{family!r} has no names in format {format.name!r}. It has them in: {', '.join(able)}."
+            f"{family!r} has no names in format {format.name!r}. It has them in: {', '.join(sorted(able))}."
         )
 
     def _add(self, component: Component, package: str) -> None:
@@ -180,6 +180,11 @@ class Registry:
                 "Uninstall one of them, or prefix the name with the package's own."
             )
         self._components[key], self._packages[key] = component, package
+
+
+def _keeps_names(format: Component) -> bool:
+    """Tell whether a format holds any model's weights under canonical names."""
+    return bool(getattr(format.config, "canonical", False)) and not hasattr(format.config, "holds")
 
 
 def _components(module: Any) -> list[Component]:

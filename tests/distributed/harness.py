@@ -1,4 +1,4 @@
-"""Runs a function on several processes: forked from a server that has imported torch, joined through a file."""
+"""Runs a function on several processes, forked from a server that has imported torch, joined by a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of other worlds are bijections on every release at full size, and count levels from either end."""
+"""The tables of other worlds are bijections on every release at full size, levels counted from both ends."""
 
 import pytest
 
