@@ -193,6 +193,8 @@ class Passing:
     def _forward(self, action: Action) -> None:
         inputs = [tensor.requires_grad_() for tensor in self._received(action, "RECV_F")]
         outputs = list(self._stages.forward(action.stage, action.microbatch, inputs))
+        # Split backward passes detach outputs in place, to free their history; views do not allow it.
+        outputs = [output.clone() if output._is_view() else output for output in outputs]
         if action.stage == self._cut.last:
             self._losses.append(outputs[0].detach())
         self._inputs[action.place], self._outputs[action.place] = inputs, outputs
