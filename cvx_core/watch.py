@@ -85,8 +85,8 @@ class Judge:
         return f"{self._names[rank]} is gone: not heard of for {now - self._beat_at[rank]:.0f} s{after}."
 
     def _stalled(self, running: dict[int, Beat], now: float) -> str | None:
-        """Name the ranks furthest behind where some have stood too long; before their first mark none are."""
-        marked = {rank: beat for rank, beat in running.items() if beat.progress}
+        """Name the ranks furthest behind where some have stood too long; those with no mark may take longer."""
+        marked = {rank: beat for rank, beat in running.items() if beat.what}
         still = {r: beat for r, beat in marked.items() if now - self._progress_at[r] > self._timeout_s}
         if not still:
             return None
@@ -136,7 +136,7 @@ class Watch:
         self._thread.start()
 
     def mark(self, what: str) -> None:
-        """State that this rank gets on, and with what."""
+        """State that this rank gets on, and with what; "" for what may take as long as it likes."""
         self._what = what
         self._progress += 1
 

@@ -91,11 +91,13 @@ class Loader:
         return Account(rows, -(-rows // step), kept=rows, dropped=0, repeated=repeated)
 
     def fingerprint(self) -> str:
-        """Return a digest of all that decides the order; a cursor is valid only where it is unchanged."""
+        """Return a digest of all that decides the order; a cursor is valid only where it is unchanged.
+
+        How many ranks share the rows of a step is not part of it.
+        """
         settings = (
-            self.batch,
+            self.batch * self.world,
             self.seed,
-            self.world,
             self.shuffle,
             self.drop_last,
             [row.id for row in self.rows],
@@ -125,11 +127,21 @@ class Loader:
 
     def rows_at(self, cursor: Cursor) -> tuple[Row, ...]:
         """Return the rows of the batch at a cursor, without decoding."""
+        return self._shared(cursor)[self.rank :: self.world]
+
+    def rows_before(self, cursor: Cursor) -> tuple[Row, ...]:
+        """Return the rows, of all ranks, of the batches that end at a cursor."""
+        if cursor.index > 0:
+            return self._shared(Cursor(cursor.epoch, cursor.index - 1))
+        return self._shared(Cursor(cursor.epoch - 1, self.account().batches - 1))
+
+    def _shared(self, cursor: Cursor) -> tuple[Row, ...]:
+        """Return the rows of all ranks at a cursor; rank r has those at r, r + world and so on."""
         order = self._order(cursor.epoch)
         step = self.batch * self.world
         picked = order[cursor.index * step : (cursor.index + 1) * step]
         picked += itertools.islice(itertools.cycle(order), max(self.world - len(picked), 0))
-        return tuple(self.rows[i] for i in picked[self.rank :: self.world])
+        return tuple(self.rows[i] for i in picked)
 
     def batch_at(self, cursor: Cursor) -> Batch:
         """Return the batch at a cursor."""

@@ -45,7 +45,7 @@ class Loop:
         assert parts.make_optimizer is not None
         self._config, self._spec, self._module, self._device = config, spec, module, parts.device
         self._loaded, self._mesh, self._before_update = parts.loaded, parts.mesh, parts.before_update
-        self._after_backward = parts.after_backward
+        self._after_backward, self._mark = parts.after_backward, parts.mark
         self._named = [(name, p) for name, p in module.named_parameters() if name in parts.trainable]
         self._optimizer = parts.make_optimizer([ParamGroup(self._named, {})])
         for group in self._optimizer.param_groups:
@@ -67,9 +67,9 @@ class Loop:
         stream = encode(works) if encode is not None else works
         saved = step
         with progress("train", last, step) as bar, _stop_requested() as stopping:
-            while step < last and not stopping():
+            while step < last and not self._agreed(stopping()):
                 began = time.perf_counter()
-                cursor, loss, rows = self._accumulate(stream, step, step_function)
+                cursor, loss, rows = self._accumulate(stream, step, step_function, loader)
                 norm = self._update(step)
                 step += 1
                 if step % config.log_every == 0 or step == last:
@@ -81,6 +81,7 @@ class Loop:
                     saved = self._save(step, cursor, loader)
         if saved != step:
             self._save(step, cursor, loader)
+        self._mark("")
         if records is not None:
             records.close()
         return step == config.steps
@@ -101,18 +102,22 @@ class Loop:
             number += 1
 
     def _accumulate(
-        self, stream: Iterator[Work], step: int, step_function: StepFunction
+        self, stream: Iterator[Work], step: int, step_function: StepFunction, loader: Loader
     ) -> tuple[Cursor, float, list[str]]:
         """Run the batches of one optimizer step; return the cursor after them, their mean loss and their
-        rows.
+        rows, those of all ranks.
         """
         total, rows = 0.0, []
         for k in range(self._config.accumulate):
+            self._mark(f"step {step + 1} (data)")
             work = next(stream)
+            self._mark(f"step {step + 1}")
             self._before_update(k == self._config.accumulate - 1)
-            loss = float(self._mean(step_function(work)))
-            names = [row.id for row in work.batch.rows]
+            own = step_function(work)
+            loss = float(self._mean(own.clone()))
+            names = [row.id for row in loader.rows_before(work.cursor)]
             if not math.isfinite(loss):
+                names = self._not_finite(own, names)
                 raise CvxError(
                     f"step {step + 1}: the loss is {loss} on rows {', '.join(names)}. "
                     "Nothing of this step was kept; lower optimizer.lr, or look at these clips."
@@ -120,6 +125,24 @@ class Loop:
             total += loss / self._config.accumulate
             rows += names
         return work.cursor, total, rows
+
+    def _agreed(self, stop: bool) -> bool:
+        """Return whether any rank was asked to stop: all stop after the same step."""
+        if self._mesh.degrees.world == 1:
+            return stop
+        asked = torch.tensor(float(stop))
+        dist.all_reduce(asked)
+        return bool(asked > 0)
+
+    def _not_finite(self, loss: Tensor, names: list[str]) -> list[str]:
+        """Return, of the rows of all ranks, those of the ranks whose own loss is not finite."""
+        world = self._mesh.size("batch")
+        if (group := self._mesh.group("batch")) is None:
+            return names
+        losses = [torch.zeros_like(loss) for _ in range(world)]
+        dist.all_gather(losses, loss, group=group)
+        bad = [rank for rank, value in enumerate(losses) if not math.isfinite(float(value))]
+        return [name for rank in bad for name in names[rank::world]]
 
     def _mean(self, loss: Tensor) -> Tensor:
         """Return the mean of a loss over the ranks that read different rows."""
@@ -160,6 +183,7 @@ class Loop:
         }
 
     def _save(self, step: int, cursor: Cursor, loader: Loader) -> int:
+        self._mark(f"saving step {step}")
         model, optimizer = get_state_dict(self._module, self._optimizer, options=_FLAT)
         record = {
             "cursor": asdict(cursor),

@@ -53,7 +53,7 @@ class TrainAutoencoder:
                 scale = round(1 / self.latent_deviation(parts, spec), 4)
                 log.info("scale factor of the latents: %g", scale)
                 choice = replace(choice, config=choice.config.model_copy(update={"scale_factor": scale}))
-            export_component(autoencoder, choice, spec.output / "model", config.export, spec)
+            export_component(autoencoder, choice, spec.output / "model", config.export, spec, parts.mesh)
 
     @torch.no_grad()
     def latent_deviation(self, parts: Parts, spec: Spec) -> float:

@@ -164,6 +164,15 @@ def test_fingerprint_changes_with_whatever_changes_the_order() -> None:
     ]
     assert len({loader.fingerprint() for loader in (base, *others)}) == 5
     assert Loader(rows, noise, batch=2, workers=3).fingerprint() == base.fingerprint()
+    assert Loader(rows, noise, batch=1, world=2, rank=1).fingerprint() == base.fingerprint()
+
+
+def test_rows_before_a_cursor_are_those_of_all_ranks() -> None:
+    rows = make_rows(6)
+    ranks = [Loader(rows, nothing, batch=1, world=2, rank=rank) for rank in range(2)]
+    batches = [[batch.rows[0] for _, batch in loader.iterate(epochs=2)] for loader in ranks]
+    cursors = [cursor for cursor, _ in ranks[0].iterate(epochs=2)]
+    assert [ranks[1].rows_before(cursor) for cursor in cursors] == list(zip(*batches, strict=True))
 
 
 def test_captions_are_drawn_by_row_and_epoch() -> None:
