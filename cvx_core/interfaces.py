@@ -181,7 +181,7 @@ class TextEncoder(Protocol):
     """An nn.Module that embeds prompts."""
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return embeddings (B,L,D) and mask (B,L) bool, True where a token is real."""
+        """Return embeddings (B,L,D) and mask (B,L) bool, True where a token is real; L is always the same."""
         ...
 
     def unconditional(self, count: int) -> tuple[Tensor, Tensor]:
@@ -292,10 +292,14 @@ class Optimizer(Protocol):
 
 
 class Adapter(Protocol):
-    """Adds trainable parameters to a predictor."""
+    """Adds trainable parameters to a predictor; files of the model do not hold them."""
 
     def apply(self, predictor: Any) -> list[str]:
         """Change the predictor in place; return the FQNs left trainable."""
+        ...
+
+    def initial(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Return what a parameter that it added starts as."""
         ...
 
 
@@ -376,6 +380,16 @@ class Task(Protocol):
     def run(self, parts: Parts, spec: Spec) -> None: ...
 
 
+class Guided(Protocol):
+    """Predicts with and without what a prediction is conditioned on."""
+
+    def __call__(
+        self, latent: Tensor, timestep: Tensor, uncond: Condition, cond: Condition
+    ) -> tuple[Tensor, Tensor]:
+        """Return two predictions (B,C,T,h,w), the unconditional one first. timestep: (B,)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Deps:
     """What a factory may read besides its own config: the recipe it is part of."""
@@ -398,6 +412,7 @@ class Parts:
     mesh: Any = None
     trains: str | None = None  # the section that the task trains
     trainable: frozenset[str] = frozenset()
+    added: frozenset[str] = frozenset()  # the predictor's parameters that the adapter added
     elsewhere: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # the predictor's, on other ranks
     loaded: Mapping[str, Any] = field(default_factory=dict)  # by section: where its weights came from
     data_axes: tuple[str, ...] = ("dp_replicate", "dp_shard")
@@ -405,6 +420,7 @@ class Parts:
     encode: Callable[[Iterator[Work]], Iterator[Work]] | None = None
     objective: Objective | None = None  # what forward_backward minimises, for those who compute it in pieces
     forward_backward: Callable[..., Tensor] | None = None
+    guided: Guided | None = None  # what sampling asks for at each step
     make_optimizer: Callable[[Sequence[ParamGroup]], torch.optim.Optimizer] | None = None
     before_update: Callable[[bool], None] = lambda _is_last: (
         None

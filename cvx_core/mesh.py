@@ -23,7 +23,7 @@ JOINED: Mapping[str, tuple[str, ...]] = {
     "fsdp": ("dp_shard", "ring", "ulysses"),
     "batch": DATA,
     "loss": (*DATA, "ring", "ulysses"),
-    "model": ("pp", "ring", "ulysses", "tp"),
+    "model": ("cfg", "pp", "ring", "ulysses", "tp"),
 }
 """Axes that are used as one. batch: ranks that read different rows; loss: ranks whose gradients are averaged;
 fsdp: ranks that share parameters; model: ranks that see the same rows."""

@@ -9,6 +9,7 @@ from cvx_core import Component, hookimpl
 from cvx_core.config import Positive
 from cvx_core.strategy import Stage, StrategyConfig
 from cvx_plugins.parallel import (
+    cfg_parallel_config,
     cp_config,
     encoder_dp_config,
     interleave_config,
@@ -64,3 +65,4 @@ def cvx_components() -> Iterable[Component]:
     yield from interleave_config.components()
     yield from vae_cp_config.components()
     yield from recompute_config.components()
+    yield from cfg_parallel_config.components()

@@ -38,9 +38,10 @@ class Zero:
         if parts.mesh.size("fsdp") == 1:
             return parts
         reduce = getattr(torch, self.cfg.reduce_dtype) if self.cfg.reduce_dtype else None
+        module = parts.trained if parts.trained is not None else parts.predictor
         before = shard(
-            parts.trained,
-            parts.blocks,
+            module,
+            list(getattr(module, "blocks", {}).values()),
             parts.mesh.along("fsdp"),
             reshard_after_forward=self.reshard,
             policy=MixedPrecisionPolicy(reduce_dtype=reduce),

@@ -129,6 +129,11 @@ class SampleConfig(TaskConfig):
     overwrite: bool = False
     """Replace videos that another recipe wrote to the same place."""
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether each step takes an unconditional prediction too."""
+        return self.guidance != 1.0 or self.dynamic_guidance
+
     def check(self, spec: Spec) -> Iterable[Problem]:
         if self.sheet and "mp4" not in self.formats:
             yield Problem("sheet", "is made from the mp4 files; add mp4 to formats.")

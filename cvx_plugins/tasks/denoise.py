@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from cvx_core.errors import CvxError
-from cvx_core.interfaces import Condition
+from cvx_core.interfaces import Condition, Guided
 from cvx_plugins.tasks import SampleConfig
 
 
 @torch.no_grad()
 def denoise(
     predictor: Any,
+    guided: Guided,
     scheduler: Any,
     noise: Tensor,
     cond: Condition,
@@ -26,23 +27,26 @@ def denoise(
 ) -> Tensor:
     """Return latents (B,C,T,h,w) in float32.
 
-    noise: (B,C,T,h,w) float32; uncond: None where the guidance scale is 1; generators: one per video, so that
-    a video does not depend on the others of its batch. Raises CvxError where a latent is no longer finite.
+    guided: asked where there is `uncond`; noise: (B,C,T,h,w) float32; uncond: None where the guidance scale
+    is 1; generators: one per video, so that a video does not depend on the others of its batch. Raises
+    CvxError where a latent is no longer finite.
     """
     latent = noise
     timesteps = scheduler.timesteps(config.steps)
     memories: list[Any] = [None] * len(noise)
-    both = _stack(uncond, cond) if uncond is not None else cond
     dtype = next(predictor.parameters()).dtype
     for index, t in enumerate(timesteps):
-        prediction = _predict(predictor, latent.to(dtype), t, both, guided=uncond is not None)
-        if uncond is not None:
+        given = latent.to(dtype)
+        timestep = torch.full((len(noise),), t, dtype=torch.int64, device=noise.device)
+        if uncond is None:
+            prediction = predictor(given, timestep, cond).float()
+        else:
+            without, within = (half.float() for half in guided(given, timestep, uncond, cond))
             weight = (
                 scheduler.guidance(config.guidance, index, timesteps)
                 if config.dynamic_guidance
                 else config.guidance
             )
-            without, within = prediction.chunk(2)
             prediction = without + weight * (within - without)
         steps = [
             scheduler.step(
@@ -61,12 +65,15 @@ def denoise(
     return latent
 
 
-def _predict(predictor: Any, latent: Tensor, t: int, cond: Condition, guided: bool) -> Tensor:
-    """Return the prediction in float32, of the unconditional and the conditional half where guided."""
-    inputs = torch.cat([latent, latent]) if guided else latent
-    timestep = torch.full((len(inputs),), t, dtype=torch.int64, device=latent.device)
-    result: Tensor = predictor(inputs, timestep, cond).float()
-    return result
+def in_one_batch(predictor: Any) -> Guided:
+    """Return the one-device form of guidance: both halves in one call of the predictor."""
+
+    def guided(latent: Tensor, timestep: Tensor, uncond: Condition, cond: Condition) -> tuple[Tensor, Tensor]:
+        both = predictor(torch.cat([latent, latent]), torch.cat([timestep, timestep]), _stack(uncond, cond))
+        without, within = both.chunk(2)
+        return without, within
+
+    return guided
 
 
 def _stack(first: Condition, second: Condition) -> Condition:

@@ -7,24 +7,26 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cvx_core.errors import CvxError, FormatError
 from cvx_core.interfaces import Condition, Deps, Parts, Row
+from cvx_core.mesh import Mesh
 from cvx_core.spec import Spec
 from cvx_io.atomic import atomic_file, write_json, write_text
 from cvx_io.progress import progress
 from cvx_io.video import read_image
 from cvx_io.video_write import to_uint8, write_gif, write_mp4, write_sheet
 from cvx_plugins.tasks import SampleConfig
-from cvx_plugins.tasks.denoise import denoise
+from cvx_plugins.tasks.denoise import denoise, in_one_batch
 from cvx_plugins.tasks.encode import image_condition
 
 log = logging.getLogger("cvx")
@@ -52,28 +54,45 @@ class Sample:
         self._config = config
 
     def prepare(self, parts: Parts, spec: Spec) -> Parts:
-        """Sampling needs no callables of its own."""
-        return parts
+        """Fill `guided` with its one-device form."""
+        return replace(parts, guided=in_one_batch(parts.predictor))
 
     def run(self, parts: Parts, spec: Spec) -> None:
-        """Sample every prompt that has no finished video of this recipe yet."""
-        config, folder = self._config, spec.output
+        """Sample every prompt that has no finished video of this recipe yet.
+
+        Data ranks take batches in turns. All of them go through as many, for they may hold parts of the
+        predictor for each other; what has no batch left repeats one, and drops the result.
+        """
+        config, folder, mesh = self._config, spec.output, parts.mesh
         jobs = list(_jobs(parts.dataset.rows(), config.videos_per_prompt, spec.run.seed))
         _check_images(jobs, spec)
-        todo = [job for job in jobs if not self._is_done(folder / f"{job.name}.json", spec)]
+        todo = self._todo(jobs, spec, mesh)
         if len(todo) < len(jobs):
             log.info("%d of %d videos are there already", len(jobs) - len(todo), len(jobs))
         batches = [todo[i : i + config.batch] for i in range(0, len(todo), config.batch)]
-        with progress("sample", len(batches) * config.steps) as bar:
-            for batch in batches:
+        turns = list(_turns(batches, mesh.place("batch"), mesh.size("batch")))
+        with progress("sample", len(turns) * config.steps) as bar:
+            for batch, is_own in turns:
                 latents = self._latents(batch, parts, spec, bar)
-                for job, latent in zip(batch, latents, strict=True):
+                for job, latent in zip(batch, latents, strict=True) if is_own else ():
                     self._write(job, latent, parts, spec)
+        mesh.barrier()
+        if not mesh.is_first:
+            return
         write_text(folder / "recipe.resolved.yaml", spec.to_yaml())
         write_json(folder / "weights.json", dict(parts.loaded))
         if config.sheet:
             self._write_sheet(folder, jobs, spec)
         log.info("%d videos in %s", len(jobs), folder)
+
+    def _todo(self, jobs: Sequence[Job], spec: Spec, mesh: Mesh) -> list[Job]:
+        """Return the jobs without a finished video, as the first rank sees it: others may write by now."""
+        told: list[Any] = [None]
+        if mesh.is_first:
+            told = [[job.index for job in jobs if not self._is_done(spec.output / f"{job.name}.json", spec)]]
+        if mesh.degrees.world > 1:
+            dist.broadcast_object_list(told, src=0)
+        return [jobs[index] for index in told[0]]
 
     def _is_done(self, record: Path, spec: Spec) -> bool:
         if self._config.overwrite or not record.exists():
@@ -98,8 +117,22 @@ class Sample:
         embeds, mask = parts.text_encoder.encode([job.prompt for job in jobs])
         cond = Condition(embeds.to(dtype), mask, images)
         uncond = self._unconditional(len(jobs), parts, images, dtype)
+        assert parts.guided is not None
+
+        def on_step() -> None:
+            bar.step()
+            parts.mark(f"video {jobs[0].index}")
+
         latent = denoise(
-            parts.predictor, parts.scheduler, noise.to(device), cond, uncond, config, generators, bar.step
+            parts.predictor,
+            parts.guided,
+            parts.scheduler,
+            noise.to(device),
+            cond,
+            uncond,
+            config,
+            generators,
+            on_step,
         )
         return latent[:, :, spec.card.padding(frames_of(parts, spec)) :]
 
@@ -107,7 +140,7 @@ class Sample:
         self, count: int, parts: Parts, images: Tensor | None, dtype: torch.dtype
     ) -> Condition | None:
         config = self._config
-        if config.guidance == 1.0 and not config.dynamic_guidance:
+        if not config.is_guided:
             return None
         if config.negative_prompt is None:
             embeds, mask = parts.text_encoder.unconditional(count)
@@ -155,9 +188,14 @@ class Sample:
 
     @torch.no_grad()
     def _write(self, job: Job, latent: Tensor, parts: Parts, spec: Spec) -> None:
-        """Decode one latent (C,T,h,w) and write its files, the record last."""
+        """Decode one latent (C,T,h,w) and write its files, the record last.
+
+        All ranks that sampled it decode it, for they may do so together; the first of them writes.
+        """
         weight = next(parts.autoencoder.parameters())
         video = to_uint8(parts.autoencoder.decode(latent[None].to(weight.device, weight.dtype))[0])
+        if parts.mesh.place("model") != 0:
+            return
         if len(video) != spec.video.frames:
             log.warning(
                 "%s: %d frames came out for %d asked for; an even number of latents decodes to four each",
@@ -229,6 +267,13 @@ def _jobs(rows: Sequence[Row], videos_per_prompt: int, seed: int) -> Iterator[Jo
             for _ in range(videos_per_prompt):
                 yield Job(index, row, prompt, seed + index)
                 index += 1
+
+
+def _turns(batches: Sequence[list[Job]], rank: int, world: int) -> Iterator[tuple[list[Job], bool]]:
+    """Yield the batches of one data rank, as many as any rank has, and whether each is its own."""
+    for first in range(0, len(batches), world):
+        is_own = first + rank < len(batches)
+        yield (batches[first + rank], True) if is_own else (batches[first][:1], False)
 
 
 def _check_images(jobs: Sequence[Job], spec: Spec) -> None:
