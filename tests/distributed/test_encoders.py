@@ -17,6 +17,7 @@ from cvx_core.recipe import parse
 from cvx_core.registry import Registry
 from cvx_core.run import run
 from cvx_core.spec import resolve
+from cvx_parallel.causal_conv import CausalConv3d
 from cvx_parallel.chunks import portions
 from cvx_plugins.parallel.borrowing import samples_and_chunks
 from tests.distributed.harness import on_ranks
@@ -76,6 +77,38 @@ def test_a_clip_on_several_ranks_is_the_same_to_the_bit(world):
             for rank in ranks:
                 got = rank[number][place_]
                 assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), (fields, frames)
+
+
+def handed_on(frames: int) -> tuple[int, int]:
+    """Return the bytes of halos that this rank sends to encode a clip, and those of one halo of each kind."""
+    from cvx_plugins.parallel.vae_cp import spread
+
+    module, sent, start = autoencoder({}), [], dist.batch_isend_irecv
+
+    def counted(ops: list[dist.P2POp]) -> list[Any]:
+        sent.extend(op.tensor.nbytes for op in ops if op.op is dist.isend)
+        return start(ops)
+
+    spread(module, dist.group.WORLD)
+    dist.batch_isend_irecv = counted
+    module.moments(torch.zeros(1, 3, frames, 8, 16))
+    convs = [conv for conv in module.encoder.modules() if isinstance(conv, CausalConv3d)]
+    one: list[int] = []
+    for conv in convs:
+        conv.halo = lambda x, frames, past: (
+            one.append(x[:, :, :1].nbytes * frames) or torch.cat([x[:, :, :1]] * frames, 2)
+        )
+    module.chunks, module.gather = range, lambda outputs, count: outputs
+    module.moments(torch.zeros(1, 3, 8, 8, 16))
+    return sum(sent), sum(one)
+
+
+@pytest.mark.parametrize(("world", "frames", "chunks"), [(2, 33, 4), (4, 17, 2), (2, 8, 1)])
+def test_only_two_frames_of_each_convolution_travel_between_chunks(world, frames, chunks):
+    """The formula of the docs: chunks - 1 times k - 1 frames of the input of every causal convolution."""
+    ranks = on_ranks(world, handed_on, frames)
+    assert sum(sent for sent, _ in ranks) == (chunks - 1) * ranks[0][1]
+    assert ranks[0][1] > 0
 
 
 ONE_PASS = [(WHOLE, torch.float64, (1, 5, 10, 12, 17)), ({**WHOLE, **ALONE}, torch.float64, (5, 8, 13))]
