@@ -14,46 +14,40 @@ from cvx_parallel.ring import Ring
 from cvx_parallel.tokens import Context
 from cvx_parallel.ulysses import Ulysses
 from tests.distributed.harness import on_ranks
-from tests.distributed.matrix import compare
+from tests.distributed.matrix import compare_all
 
 
 def cp(ulysses=1, ring=1):
     return {"use": "cp", "ulysses": ulysses, "ring": ring}
 
 
-@pytest.mark.parametrize(
-    ("variant", "context", "world"),
-    [
-        ("1.0-t2v", cp(ulysses=2), 2),
-        ("1.5-i2v", cp(ulysses=2), 2),
-        ("1.0-t2v", cp(ring=2), 2),
-        ("1.5-i2v", cp(ring=2), 2),
-        ("1.5-t2v", cp(ulysses=3), 3),
-        ("1.0-i2v", cp(ring=3), 3),
-        ("1.0-t2v", cp(ulysses=2, ring=2), 4),
-        ("1.5-i2v", cp(ulysses=4), 4),
-    ],
-)
-def test_alone(variant, context, world):
-    compare(variant, [context], world, layers=2)
+ON_2 = [
+    ("1.0-t2v", [cp(ulysses=2)]),
+    ("1.5-i2v", [cp(ulysses=2)]),
+    ("1.0-t2v", [cp(ring=2)]),
+    ("1.5-i2v", [cp(ring=2)]),
+    ("2b", [cp(ring=2), {"use": "recompute"}]),
+    ("1.0-t2v", [cp(ulysses=2), {"use": "zero3"}]),
+]
+ON_3 = [("1.5-t2v", [cp(ulysses=3)]), ("1.0-i2v", [cp(ring=3)])]
+ON_4 = [
+    ("1.0-t2v", [cp(ulysses=2, ring=2)]),
+    ("1.5-i2v", [cp(ulysses=4)]),  # three heads
+]
+ON_4_WITH_DATA = [
+    ("1.0-t2v", [cp(ring=2), {"use": "zero3"}]),
+    ("1.5-i2v", [cp(ulysses=2), {"use": "ddp"}]),
+    ("1.5-i2v", [cp(ring=2), {"use": "zero2"}]),
+]
 
 
 @pytest.mark.parametrize(
-    ("variant", "context", "data", "world"),
-    [
-        ("1.0-t2v", cp(ulysses=2), "zero3", 2),
-        ("1.0-t2v", cp(ring=2), "zero3", 4),
-        ("1.5-i2v", cp(ulysses=2), "ddp", 4),
-        ("1.5-i2v", cp(ring=2), "zero2", 4),
-    ],
+    ("world", "cases"),
+    [(2, ON_2), (3, ON_3), (4, ON_4), (4, ON_4_WITH_DATA)],
+    ids=["2", "3", "4", "4-with-data"],
 )
-def test_with_data(variant, context, data, world):
-    compare(variant, [context, {"use": data}], world, layers=2)
-
-
-@pytest.mark.parametrize("context", [cp(ulysses=2), cp(ring=2)], ids=["ulysses", "ring"])
-def test_with_recompute(context):
-    compare("1.0-t2v", [context, {"use": "recompute"}], world=2, layers=2)
+def test_any_split_is_one_process(world, cases):
+    compare_all(cases, world, layers=2)
 
 
 def test_attention_of_few_tokens_and_heads_and_without_text():
