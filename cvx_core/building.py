@@ -34,15 +34,24 @@ def build(spec: Spec) -> Parts:
         section: _module(spec.choices[section], deps, dtype) for section in MODULES if section in spec.choices
     }
     trainable = _set_trainable(made, spec)
+    added: frozenset[str] = frozenset()
     if "adapter" in spec.choices:
+        own = {name for name, _ in made["predictor"].named_parameters()}
         made["adapter"] = spec.choices["adapter"].build(deps)
         trainable = frozenset(made["adapter"].apply(made["predictor"]))
+        added = frozenset(name for name, _ in made["predictor"].named_parameters()) - own
     made |= {section: spec.choices[section].build(deps) for section in PLAIN if section in spec.choices}
     optimizer = spec.choices["optimizer"].build(deps) if "optimizer" in spec.choices else None
     make_optimizer = optimizer.build if optimizer is not None else None
     trains = spec.choices["task"].config.trains
     return Parts(
-        device=device, mesh=mesh, trains=trains, trainable=trainable, make_optimizer=make_optimizer, **made
+        device=device,
+        mesh=mesh,
+        trains=trains,
+        trainable=trainable,
+        added=added,
+        make_optimizer=make_optimizer,
+        **made,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +20,7 @@ from cvx_core.spec import Spec
 from cvx_core.weights import check_index, copy_into, copy_part
 
 log = logging.getLogger("cvx")
+Initial = Callable[[str, tuple[int, ...], torch.Generator], "Tensor | None"]
 
 
 def place(parts: Parts, spec: Spec) -> Parts:
@@ -40,7 +41,9 @@ def place(parts: Parts, spec: Spec) -> Parts:
         if module is not None:
             module.to_empty(device=parts.device)
             elsewhere = parts.elsewhere if section == "predictor" else {}
-            loaded[section] = fill(module, spec.choices[section], spec, section, elsewhere)
+            own = section == "predictor" and parts.adapter is not None
+            added = dict.fromkeys(parts.added, parts.adapter.initial) if own else {}
+            loaded[section] = fill(module, spec.choices[section], spec, section, elsewhere, added)
     return replace(parts, loaded=loaded)
 
 
@@ -50,14 +53,16 @@ def fill(
     spec: Spec,
     section: str,
     elsewhere: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    added: Mapping[str, Initial] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Load a module's weights from the recipe's format, or initialise them from the seed.
 
-    elsewhere: {parameter: shape} of those that other ranks hold. Of a DTensor only the local part is read.
+    elsewhere: {parameter: shape} of those that other ranks hold; added: {parameter: what it starts as} of
+    those that no file of the model holds. Of a DTensor only the local part is read.
     Returns the account of it, plain values: what each parameter came from, and what was left out and why.
     """
     if choice.weights is None:
-        initialise(module, spec.run.seed)
+        initialise(module, spec.run.seed, added)
         count = sum(p.numel() for p in module.parameters())
         log.info(
             "%s: %s initialised from seed %d (%s parameters)",
@@ -73,10 +78,12 @@ def fill(
     tensors = source.build(Deps(spec)).open(path, spec.registry.table(family, source.component))
     params = dict(module.named_parameters())
     wanted = {name: tuple(parameter.shape) for name, parameter in params.items()} | dict(elsewhere)
+    wanted = {name: shape for name, shape in wanted.items() if name not in added}
     aliases: Mapping[str, str | None] = getattr(module, "aliases", {})
     coverage = check_index(tensors.index, wanted, path, aliases)
     here = {name: target for name, target in coverage.consumed.items() if target in params}
     casts = copy_into(params, tensors.read(here), here)
+    initialise(module, spec.run.seed, added, only=added)
     log.info("%s: %d tensors from %s", section, len(coverage.consumed), path)
     for (stored, wanted_dtype), count in casts.items():
         log.info("%s: %d tensors cast from %s to %s", section, count, stored, wanted_dtype)
@@ -99,13 +106,24 @@ def _by_reason(dropped: Mapping[str, str]) -> dict[str, list[str]]:
     return groups
 
 
-def initialise(module: nn.Module, seed: int) -> None:
-    """Fill every parameter from (seed, its name), so that no layout or order of creation changes a value."""
+def initialise(
+    module: nn.Module,
+    seed: int,
+    added: Mapping[str, Initial] = MappingProxyType({}),
+    only: Collection[str] | None = None,
+) -> None:
+    """Fill parameters from (seed, their name), so that no layout or order of creation changes a value.
+
+    added: {parameter: what it starts as} where that is not the module's business; only: the names of those to
+    fill; None: all.
+    """
     custom = getattr(module, "initial", None)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            generator = keyed(seed, "parameter", name)
-            value = custom(name, tuple(parameter.shape), generator) if custom is not None else None
+            if only is not None and name not in only:
+                continue
+            generator, initial = keyed(seed, "parameter", name), added.get(name, custom)
+            value = initial(name, tuple(parameter.shape), generator) if initial is not None else None
             if value is None:
                 value = default_initial(name, tuple(parameter.shape), generator)
             copy_part(parameter, value)

@@ -122,16 +122,22 @@ def matching(module: nn.Module, patterns: Iterable[str]) -> dict[str, Any]:
 def make_column(layer: Any, mesh: DeviceMesh, exchange: Exchange | None, heads: int | None) -> None:
     """Share out the outputs of a linear layer. exchange: None where the module around it has entered.
 
-    heads: how many the outputs are; a rank then computes whole ones.
+    heads: how many the outputs are; a rank then computes whole ones. Of the LoRA of an adapted layer, the
+    second factor is shared out likewise.
     """
     _shard(layer, mesh, {"weight": 0, "bias": 0})
     parts = _Parts(mesh, layer.out_features, heads)
+    if is_adapted := hasattr(layer, "beside"):
+        _shard(layer.lora_B, mesh, {"weight": 0})
 
     def forward(x: Tensor) -> Tensor:
         if exchange is not None:
             x = exchange.enter(x)
         bias = parts(layer.bias, 0) if layer.bias is not None else None
-        return F.linear(x, parts(layer.weight, 0), bias)
+        out = F.linear(x, parts(layer.weight, 0), bias)
+        if is_adapted:
+            out = out + layer.beside(x, layer.lora_A.weight, parts(layer.lora_B.weight, 0))
+        return out
 
     layer.forward = forward
 
@@ -139,14 +145,20 @@ def make_column(layer: Any, mesh: DeviceMesh, exchange: Exchange | None, heads: 
 def make_row(layer: Any, mesh: DeviceMesh, exchange: Exchange, heads: int | None) -> None:
     """Share out the inputs of a linear layer, as `make_column` does the outputs of the one before.
 
-    Every rank has the bias and adds it once the outputs are summed.
+    Every rank has the bias and adds it once the outputs are summed. Of the LoRA of an adapted layer, the
+    first factor is shared out likewise.
     """
     _shard(layer, mesh, {"weight": 1})
     parts = _Parts(mesh, layer.in_features, heads)
+    if is_adapted := hasattr(layer, "beside"):
+        _shard(layer.lora_A, mesh, {"weight": 1})
 
     def forward(x: Tensor) -> Tensor:
-        x = exchange.leave(F.linear(x, parts(layer.weight, 1)))
-        return x + layer.bias if layer.bias is not None else x
+        out = F.linear(x, parts(layer.weight, 1))
+        if is_adapted:
+            out = out + layer.beside(x, parts(layer.lora_A.weight, 1), layer.lora_B.weight)
+        out = exchange.leave(out)
+        return out + layer.bias if layer.bias is not None else out
 
     layer.forward = forward
 

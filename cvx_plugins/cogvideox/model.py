@@ -156,8 +156,10 @@ class PatchEmbed(nn.Module):
         grid = self.grid_of(latent, text.shape[1])
         o, p = self.cfg.patch_t or 1, self.cfg.patch
         patches = rearrange(latent, "b c (t o) (h p) (w q) -> b (t h w) (c o p q)", o=o, p=p, q=p)
-        # A convolution with stride = size is a linear map of patches; written so, tokens come out in order.
-        video = F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        if isinstance(self.proj, nn.Linear):
+            video = self.proj(patches)
+        else:  # with stride = size, a linear map of patches too; written so, tokens come out in order
+            video = F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
         text = self.text_proj(text)
         if self.cfg.positions == "rotary+learned":
             length = text.shape[1]

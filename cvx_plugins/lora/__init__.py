@@ -1,4 +1,4 @@
-"""LoRA files of other tools. What their tensors mean is in cvx_io/lora_state.py."""
+"""LoRA: the adapter, and files of other tools. What their tensors mean is in cvx_io/lora_state.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from cvx_core import Component, Config, hookimpl
 from cvx_core.config import InputPath
+from cvx_plugins.lora.adapter_config import LoraConfig
 
 
 class LoraFileConfig(Config):
@@ -39,4 +40,11 @@ def cvx_components() -> Iterable[Component]:
     )
     yield component(
         "kohya", "single_file:kohya", "LoRA file in kohya's naming: lora_unet_* with alpha tensors"
+    )
+    yield Component(
+        "adapter",
+        "lora",
+        LoraConfig,
+        "cvx_plugins.lora.adapter:Lora",
+        summary="low-rank changes of linear layers; everything else is frozen",
     )

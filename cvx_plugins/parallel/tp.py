@@ -53,21 +53,23 @@ class TensorParallel:
         for name, layer in matching(module, self.plan.column).items():
             inside = is_inside(name, around)
             make_column(layer, mesh, None if inside else exchange, self.plan.num_heads if inside else None)
-            sharded |= {f"{name}.weight", f"{name}.bias"}
+            sharded |= {f"{name}.weight", f"{name}.bias", f"{name}.lora_B.weight"}
         for name, layer in matching(module, self.plan.row).items():
             make_row(layer, mesh, exchange, self.plan.num_heads if is_inside(name, around) else None)
-            sharded.add(f"{name}.weight")
+            sharded |= {f"{name}.weight", f"{name}.lora_A.weight"}
         return sharded
 
     def _whole(self, module: Any, group: Any, sharded: set[str]) -> Whole:
         names = {name for name, _ in module.named_parameters()}
         if self.cfg.sequence:
             return Whole(module, group, names - sharded, scaled=names, scale=1 / self.cfg.size)
-        # Norms of queries and keys see the heads of this rank only. All else sees what every rank sees.
+        # Norms of queries and keys see the heads of this rank only, and so do the factors of LoRA that are
+        # whole beside what is shared out. All else sees what every rank sees.
         around = matching(module, self.plan.attend)
-        rows = matching(module, self.plan.row)
+        rows, columns = matching(module, self.plan.row), matching(module, self.plan.column)
         partial = {name for name in names - sharded if is_inside(name, around) and not is_inside(name, rows)}
-        return Whole(module, group, partial)
+        partial |= {f"{name}.lora_A.weight" for name in columns} | {f"{name}.lora_B.weight" for name in rows}
+        return Whole(module, group, partial & names)
 
 
 def share_sequence(module: Any, shared: Shared) -> None:

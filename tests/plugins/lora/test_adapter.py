@@ -1,0 +1,166 @@
+"""The LoRA adapter: PEFT's values and initial weights, names kept, and targets that must exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from cvx_core import RecipeError, resolve
+from cvx_core.building import build
+from cvx_core.errors import CvxError
+from cvx_core.interfaces import Deps
+from cvx_core.placing import initialise, place
+from cvx_core.random import keyed
+from cvx_core.recipe import parse
+from cvx_plugins.lora.adapter import Lora, matches, targets
+from cvx_plugins.lora.adapter_config import LoraConfig
+from tests.distributed import matrix
+
+LAYERS = ("to_q", "to_out.0")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.other, self.norm = nn.Linear(6, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.to_out = nn.ModuleList([nn.Linear(8, 5)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.to_out[0](self.norm(self.other(self.to_q(x))))
+
+
+def adapted(**fields: Any) -> tuple[Net, list[str]]:
+    net = Net().double()
+    names = Lora(LoraConfig(rank=3, alpha=6, targets=LAYERS, **fields), Deps()).apply(net)
+    return net, names
+
+
+def test_names_stay_and_factors_are_all_that_trains():
+    net, names = adapted()
+    assert names == [f"{layer}.lora_{factor}.weight" for layer in LAYERS for factor in "AB"]
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == set(names)
+    assert {name for name, _ in net.named_parameters()} == set(names).union(Net().state_dict())
+    assert net.to_q.lora_A.weight.shape == (3, 6)
+    assert net.to_q.lora_B.weight.shape == (8, 3)
+    assert net.to_q.lora_A.weight.dtype == torch.float64
+
+
+def test_values_and_gradients_are_those_of_peft():
+    net, names = adapted()
+    for name in names:
+        nn.init.normal_(net.get_parameter(name))
+    base = Net().double()
+    base.load_state_dict({k: v for k, v in net.state_dict().items() if "lora_" not in k})
+    theirs = peft.get_peft_model(
+        base, peft.LoraConfig(r=3, lora_alpha=6, target_modules=["to_q", "to_out.0"])
+    )
+    peft.set_peft_model_state_dict(
+        theirs, {f"base_model.model.{name}": net.get_parameter(name) for name in names}
+    )
+    x = torch.randn(4, 6, dtype=torch.float64)
+    (ours, expected) = net(x), theirs(x)
+    assert torch.equal(ours, expected)
+    ours.square().sum().backward()
+    expected.square().sum().backward()
+    grads = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    for name in names:
+        their_name = f"base_model.model.{name.replace('.weight', '.default.weight')}"
+        assert torch.allclose(net.get_parameter(name).grad, grads[their_name], rtol=1e-12)
+
+
+def test_initial_values_change_nothing_and_spread_as_those_of_peft():
+    net, names = adapted()
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    initialise(net, 0, dict.fromkeys(names, Lora.initial), only=names)
+    assert not net.to_q.lora_B.weight.any()
+    assert torch.equal(net.other.weight, before["other.weight"])
+    wide = Lora.initial("x.lora_A.weight", (400, 300), keyed(0, "x"))
+    theirs = torch.empty(400, 300)
+    nn.init.kaiming_uniform_(theirs, a=5**0.5)
+    bound = 300**-0.5
+    assert bound * 0.99 < wide.abs().max() <= bound
+    assert abs(float(wide.std() - theirs.std())) < 0.01 * bound
+
+
+def test_dropout_drops_in_training_only():
+    net, names = adapted(dropout=0.5)
+    for name in names:
+        nn.init.normal_(net.get_parameter(name))
+    x = torch.randn(4, 6, dtype=torch.float64)
+    assert not torch.equal(net.train()(x), net(x))
+    assert torch.equal(net.eval()(x), net(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "expected"),
+    [
+        ("blocks.0.attn1.to_q", "to_q", True),
+        ("blocks.0.attn1.to_q", "blocks.*.attn1.to_q", True),
+        ("blocks.0.attn1.to_q", "attn2.to_q", False),
+        ("blocks.0.attn1.to_q", "to_*", True),
+        ("blocks.0.attn1.into_q", "to_q", False),
+        ("to_q", "attn1.to_q", False),
+    ],
+)
+def test_patterns(name, pattern, expected):
+    assert matches(name, pattern) is expected
+
+
+def test_a_target_that_matches_nothing_names_the_nearest():
+    with pytest.raises(CvxError, match=r"'to_qq' matches no linear layer of the Net. Did you mean 'to_q'\?"):
+        targets(Net(), ["to_q", "to_qq"])
+    with pytest.raises(CvxError, match="'norm' matches no linear layer"):
+        targets(Net(), ["norm"])
+
+
+def recipe(adapter: dict[str, Any], **changes: Any) -> str:
+    data = yaml.safe_load(matrix.recipe("1.0-t2v", [], "float32", layers=2))
+    return yaml.safe_dump(data | {"adapter": {"use": "lora", **adapter}} | changes)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "changes", "message"),
+    [
+        ({"targets": ["to_z"]}, {}, "recipe:2.*adapter.targets: 'to_z' matches no linear layer"),
+        ({"targets": []}, {}, "an empty list"),
+        ({"rank": 0}, {}, "adapter.rank"),
+        ({}, {"task": {"use": "evaluate"}}, "changes nothing in task 'evaluate'"),
+    ],
+)
+def test_refused(adapter, changes, message):
+    text = recipe(adapter, **changes)
+    if changes:
+        text = yaml.safe_dump({k: v for k, v in yaml.safe_load(text).items() if k != "optimizer"})
+    with pytest.raises(RecipeError, match=message):
+        resolve(parse(text))
+
+
+def test_base_weights_load_without_the_factors(tmp_path):
+    spec = resolve(parse(recipe({"rank": 4})))
+    parts = place(build(spec), spec)
+    assert len(parts.trainable) == 2 * 4 * 2
+    assert parts.trainable == parts.added
+    state = {k: v.detach() for k, v in parts.predictor.named_parameters() if k not in parts.added}
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "base"
+    folder.mkdir()
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    data = yaml.safe_load(recipe({"rank": 4}, seed=5))
+    data["predictor"]["weights"] = {"use": "hf", "path": str(folder)}
+    spec = resolve(parse(yaml.safe_dump(data)))
+    loaded = place(build(spec), spec)
+    for name, value in state.items():
+        assert torch.equal(loaded.predictor.get_parameter(name), value), name
+    block = loaded.predictor.blocks["1"]
+    assert block.attn1.to_q.lora_A.weight.abs().max() > 0
+    assert not block.attn1.to_q.lora_B.weight.any()
+    state.pop("proj_out.bias")
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CvxError, match=r"proj_out\.bias"):
+        place(build(spec), spec)
