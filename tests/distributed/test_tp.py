@@ -22,48 +22,39 @@ def tp(size=2, sequence=False):
     return {"use": "tp", "size": size, "sequence": sequence}
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-def test_alone(sequence):
-    strategy = [tp(sequence=sequence)]
-    compare_all([(variant, strategy) for variant in ("1.0-t2v", "1.5-i2v", "2b")], world=2, layers=2)
+PLAIN, SEQUENCE = tp(), tp(sequence=True)
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-def test_widths_that_do_not_divide(sequence):
-    compare_all([("1.0-i2v", [tp(3, sequence)])], world=3, layers=2)
+def test_alone():
+    cases = [(variant, [how]) for variant in ("1.0-t2v", "1.5-i2v", "2b") for how in (PLAIN, SEQUENCE)]
+    compare_all([*cases, ("1.0-t2v", [SEQUENCE, {"use": "recompute"}])], world=2, layers=2)
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-@pytest.mark.parametrize("data", ["ddp", "zero2", "zero3"])
-def test_with_data(data, sequence):
-    compare_all([("1.5-i2v", [tp(sequence=sequence), {"use": data}])], world=4, layers=2)
+def test_widths_that_do_not_divide():
+    compare_all([("1.0-i2v", [tp(3)]), ("1.5-t2v", [tp(3, sequence=True)])], world=3, layers=2)
 
 
-@pytest.mark.parametrize("split", ["ulysses", "ring"])
-def test_with_context(split):
-    compare_all([("1.0-t2v", [tp(sequence=True), {"use": "cp", split: 2}])], world=4, layers=2)
-
-
-def test_with_recompute():
-    compare_all([("1.0-t2v", [tp(sequence=True), {"use": "recompute"}])], world=2, layers=2)
+def test_with_data_and_context():
+    others = ({"use": "ddp"}, {"use": "zero2"}, {"use": "zero3"}, {"use": "cp", "ulysses": 2})
+    cases = [("1.5-i2v", [how, other]) for how in (PLAIN, SEQUENCE) for other in others]
+    compare_all([*cases, ("1.0-t2v", [SEQUENCE, {"use": "cp", "ring": 2}])], world=4, layers=2)
 
 
 def test_in_single_precision():
-    compare_all([("1.5-i2v", [tp(sequence=True)])], world=2, dtype="float32", layers=2)
+    compare_all([("1.5-i2v", [PLAIN]), ("1.5-i2v", [SEQUENCE])], world=2, dtype="float32", layers=2)
 
 
-@pytest.mark.parametrize(
-    ("sequence", "expected"),
-    [
-        # In each of 2 blocks, around attention and around the feed-forward layer: one forward, one back.
-        (False, {"all_reduce": 8}),
-        # Text takes the all-reduces; the video is gathered once more, at the end.
-        (True, {"all_reduce": 8, "all_gather": 9, "reduce_scatter": 8}),
-    ],
-)
-def test_collectives_are_no_more_than_needed(sequence, expected):
-    text = matrix.recipe("1.5-t2v", [tp(sequence=sequence)], "float32", layers=2)
-    assert on_ranks(2, _count, text) == [expected] * 2
+def test_collectives_are_no_more_than_needed():
+    texts = [matrix.recipe("1.5-t2v", [how], "float32", layers=2) for how in (PLAIN, SEQUENCE)]
+    # In each of 2 blocks, around attention and around the feed-forward layer: one forward, one back.
+    plain = {"all_reduce": 8}
+    # Text takes the all-reduces; the video is gathered once more, at the end.
+    sequence = {"all_reduce": 8, "all_gather": 9, "reduce_scatter": 8}
+    assert on_ranks(2, _counts, texts) == [[plain, sequence]] * 2
+
+
+def _counts(texts: list[str]) -> list[dict[str, int]]:
+    return [_count(text) for text in texts]
 
 
 def _count(text: str) -> dict[str, int]:
