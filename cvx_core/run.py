@@ -42,9 +42,13 @@ def run(spec: Spec) -> None:
     """Build, place and run a spec: the library's form of the command."""
     from cvx_core import device
     from cvx_core.building import build
+    from cvx_core.interfaces import Deps, Parts
     from cvx_core.joining import joined
     from cvx_core.placing import place
 
+    if getattr(spec.config("task"), "ranks", None) is not None:
+        spec.choices["task"].build(Deps(spec)).run(Parts(), spec)
+        return
     world = World.stated()
     with joined(world, spec, device.pick(spec.run.device, world.local_rank)) as mark:
         parts = replace(place(build(spec), spec), mark=mark)
@@ -77,6 +81,7 @@ def _run(args: argparse.Namespace) -> int:
 def report(spec: Spec, world: int | None = None) -> str:
     """Return what a recipe resolves to, a line each. world: the number of processes, if known."""
     video = spec.video
+    world = getattr(spec.config("task"), "ranks", None) or world
     lines = [f"{spec.recipe.source}: ok ({spec.digest})"]
     lines += [f"  {note}" for note in spec.notes]
     chosen = ", ".join(f"{section} {choice.name}" for section, choice in spec.choices.items())

@@ -82,3 +82,11 @@ class TaskConfig(Config):
     """Sections a recipe may have."""
     trains: ClassVar[str | None] = None
     """The section whose parameters the task trains."""
+
+    @property
+    def ranks(self) -> int | None:
+        """Ranks that the recipe is about where the task only speaks of them; None: those that run it.
+
+        For such a task nothing is built.
+        """
+        return None

@@ -263,8 +263,9 @@ class _Resolver:
                 self._collect((section,), choice.config.check(spec))
         for index, choice in enumerate(spec.parallel):
             self._collect(("parallel", index), choice.config.check(spec))
+        world = getattr(spec.config("task"), "ranks", None) or self.world
         try:
-            solve(spec.requests, self.world) if self.world is not None else check(spec.requests)
+            solve(spec.requests, world) if world is not None else check(spec.requests)
         except MeshError as error:
             address = ("parallel",) if error.owner is None else ("parallel", error.owner)
             self._problem(address, str(error))

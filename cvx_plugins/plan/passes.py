@@ -1,0 +1,163 @@
+"""What a microbatch takes in a stage: activations, their peak, operations. Computed on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cvx_core.interfaces import Condition, Deps, Parts, Tokens
+from cvx_core.spec import Spec
+from cvx_core.strategy import Stage
+from cvx_plugins.plan.layout import Layout, dtype_of, module_of, predictor_of
+from cvx_plugins.plan.live import Live, dropped_gradients
+from cvx_plugins.plan.stand_ins import Standing
+
+
+@dataclass(frozen=True)
+class Pass:
+    """kept: bytes between forward and backward pass; peak: bytes at most, in either; flops: of both.
+
+    Neither parameters nor their gradients are among them.
+    """
+
+    kept: int
+    peak: int
+    flops: int
+
+
+class Passes:
+    """Passes of the first rank of a layout along tp and cp, for any stage."""
+
+    def __init__(self, layout: Layout, sample: Sample):
+        self.layout, self._sample = layout, sample
+        zero = layout.strategies.get("layerzero")
+        self.dtype: torch.dtype = getattr(torch, getattr(zero, "param_dtype", None) or "", layout.dtype)
+        self._predictor, _ = predictor_of(layout.spec, self.dtype)
+        latent, condition = sample.latent(1, self.dtype)
+        self.outline = self._predictor.outline(latent, condition)
+        video, text = self.outline.video.shape[1], self.outline.text.shape[1]
+        sizes = {axis: layout.size(axis) for axis in ("ring", "ulysses", "tp")}
+        sequence = bool(getattr(layout.strategies.get("tp"), "sequence", False))
+        self.standing = Standing(self._predictor, layout.plan, video, text, sizes, sequence)
+        parts = Parts(predictor=self._predictor, trains="predictor")
+        for choice in layout.spec.parallel:
+            if choice.config.stage == Stage.RUN:
+                choice.build(Deps(layout.spec)).apply(parts)
+        self._predictor.train()
+        self._every = int(getattr(layout.strategies.get("recompute"), "every", 1))
+        self._known: dict[tuple[int, bool, bool, int], Pass] = {}
+
+    def of(self, blocks: int, first: bool, last: bool, rows: int) -> Pass:
+        """Return the pass of a stage of so many blocks; first: it embeds; last: it computes the loss.
+
+        Blocks are alike, so that of many the first few are run, and the others take what one more takes.
+        """
+        key = (blocks, first, last, rows)
+        if key not in self._known:
+            few = 2 * self._every + blocks % self._every
+            if blocks <= few + self._every:
+                self._known[key] = self._run(blocks, first, last, rows)
+            else:
+                less, more = (self.of(n, first, last, rows) for n in (few, few + self._every))
+                times = (blocks - few) // self._every
+                pairs = ((a, b) for a, b in zip(_values(less), _values(more), strict=True))
+                self._known[key] = Pass(*(a + (b - a) * times for a, b in pairs))
+        return self._known[key]
+
+    def _run(self, blocks: int, first: bool, last: bool, rows: int) -> Pass:
+        names = list(self._predictor.blocks)[:blocks]
+        live = Live(self.layout.size("ring"))
+        with dropped_gradients(self._predictor), live:
+            outputs = self._forward(names, first, last, rows)
+            kept = live.now
+            outputs = [out for out in outputs if out.requires_grad]
+            if outputs:
+                grads = [torch.empty_like(out) if out.ndim else None for out in outputs]
+                torch.autograd.backward(outputs, grads)
+        return Pass(kept, live.peak, live.flops)
+
+    def _forward(self, names: Sequence[str], first: bool, last: bool, rows: int) -> list[Tensor]:
+        """Return what a stage passes on, or the loss."""
+        predictor = self._predictor
+        latent, condition = self._sample.latent(rows, self.dtype)
+        if first:
+            timestep = torch.zeros(rows, dtype=torch.int64, device="meta")
+            tokens = predictor.split(predictor.embed(latent, timestep, condition))
+        else:
+            tokens = _received(predictor.split(predictor.outline(latent, condition)), self.dtype)
+        for name in names:
+            tokens = predictor.blocks[name](tokens)
+        if not last:
+            return [tokens.video, tokens.text, tokens.temb]
+        prediction = predictor.head(predictor.join(tokens))
+        target = torch.empty_like(prediction, dtype=torch.float32)
+        error = F.mse_loss(prediction.float(), target, reduction="none")
+        return [error.flatten(1).mean(1).mean()]
+
+
+def _values(found: Pass) -> tuple[int, int, int]:
+    return found.kept, found.peak, found.flops
+
+
+def _received(tokens: Tokens, dtype: torch.dtype) -> Tokens:
+    """Return tokens as they arrive from another rank."""
+    video, text, temb = (
+        torch.empty(t.shape, dtype=dtype, device="meta", requires_grad=True)
+        for t in (tokens.video, tokens.text, tokens.temb)
+    )
+    return tokens._replace(video=video, text=text, temb=temb)
+
+
+class Sample:
+    """The geometry of a recipe's rows, and what encoding one takes."""
+
+    def __init__(self, spec: Spec):
+        self._spec, self._dtype = spec, dtype_of(spec)
+        self._modules = {
+            section: module_of(spec, section, self._dtype)
+            for section in ("text_encoder", "autoencoder")
+            if section in spec.choices
+        }
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Channels, frames, rows and columns of a latent, padded to whole patches."""
+        video, card = self._spec.video, self._spec.card
+        strides = getattr(self._modules.get("autoencoder"), "compression", (4, 8, 8))
+        frames = (video.frames - 1) // strides[0] + 1
+        frames += card.padding(frames)
+        channels = card.latent_channels
+        assert channels is not None, "the predictor's card states no latent channels"
+        return channels, frames, video.height // strides[1], video.width // strides[2]
+
+    def latent(self, rows: int, dtype: torch.dtype) -> tuple[Tensor, Condition]:
+        """Return what a predictor is given, on meta."""
+        card, config = self._spec.card, self._spec.config("text_encoder")
+        length = card.text_length or config.max_length
+        latent = torch.empty(rows, *self.shape, dtype=dtype, device="meta")
+        text = torch.empty(rows, length, card.text_dim or config.dim, dtype=dtype, device="meta")
+        image = torch.empty_like(latent) if card.image_latent != "none" else None
+        return latent, Condition(text, torch.ones(rows, length, dtype=torch.bool, device="meta"), image)
+
+    @property
+    def encoder_bytes(self) -> int:
+        """Bytes of the parameters of both encoders."""
+        return sum(p.nbytes for module in self._modules.values() for p in module.parameters())
+
+    @cached_property
+    def encoding(self) -> Pass:
+        """What encoding the video of one row takes: nothing is kept."""
+        module: Any = self._modules.get("autoencoder")
+        if module is None:
+            return Pass(0, 0, 0)
+        video, live = self._spec.video, Live()
+        with torch.no_grad(), live:
+            shape = (1, 3, video.frames, video.height, video.width)
+            module.moments(torch.empty(shape, dtype=self._dtype, device="meta"))
+        return Pass(0, live.peak, live.flops)
