@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 from cvx_core.device import TABLE
@@ -44,7 +47,7 @@ def joined(world: World, spec: Spec, device: torch.device) -> Iterator[Callable[
     everyone = preflight(dist.PrefixStore("preflight", store), facts(spec, world, device), world, timeout_s)
     names = [f"rank {one.rank} ({one.host}, process {one.pid})" for one in everyone]
     speaks = world.local_rank == 0 or world.rank == 1
-    watch = Watch(dist.PrefixStore("watch", store.clone()), world.rank, names, timeout_s, speaks)
+    watch = Watch(_first_ranks_store(store, world, timeout_s), world.rank, names, timeout_s, speaks)
     watch.start()
     try:
         dist.init_process_group(
@@ -76,6 +79,27 @@ def _store(timeout_s: float) -> Store:
             "or set MASTER_ADDR and MASTER_PORT to the host of rank 0 and a free port there."
         ) from error
     return store
+
+
+def _first_ranks_store(store: Store, world: World, timeout_s: float) -> Store:
+    """Return a store that lives in rank 0: a launcher ends, with its own, as soon as a rank of it dies."""
+    import torch.distributed as dist
+
+    timeout = timedelta(seconds=timeout_s)
+    if world.rank == 0:
+        own = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        store.set("watch", f"{_address()} {own.port}")
+        return own
+    host, port = store.get("watch").decode().split()
+    return dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
+
+
+def _address() -> str:
+    """Return where the other hosts find this one: its side of a connection to the launcher's store."""
+    master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    with socket.create_connection(master) as connection:
+        address = str(connection.getsockname()[0])
+    return master[0] if ip_address(address).is_loopback else address
 
 
 def _backend(device_type: str) -> str:

@@ -1,4 +1,4 @@
-"""While ranks run: each shows signs of life through the launcher's key-value store, the first watches them.
+"""While ranks run: each shows signs of life in a key-value store that the first one holds, and watches.
 
 A rank that dies, fails or stands still is named, and all the others end. One thread per rank; it needs no
 collective, so it speaks while the main thread waits in one.
@@ -85,7 +85,7 @@ class Judge:
         return f"{self._names[rank]} is gone: not heard of for {now - self._beat_at[rank]:.0f} s{after}."
 
     def _stalled(self, running: dict[int, Beat], now: float) -> str | None:
-        """Name the ranks furthest behind where some have stood too long; those with no mark may take longer."""
+        """Name the ranks furthest behind where some have stood too long; those with no mark may."""
         marked = {rank: beat for rank, beat in running.items() if beat.what}
         still = {r: beat for r, beat in marked.items() if now - self._progress_at[r] > self._timeout_s}
         if not still:
@@ -164,12 +164,12 @@ class Watch:
         self._ended.set()
         self._thread.join()
         self._status, self._why = status, why
-        with suppress(RuntimeError):  # the launcher and its store may be gone already
+        with suppress(RuntimeError):  # the first rank and its store may be gone already
             self._send()
 
     def _first_says(self, said: str) -> bool:
         """Tell whether the first rank ends with the same error; it gets a moment to say so."""
-        end = time.monotonic() + TORN_S
+        end = time.monotonic() + 4 * self._beat_s
         with suppress(RuntimeError), _no_signals():
             while time.monotonic() < end:
                 first = self._read(0)
@@ -182,9 +182,11 @@ class Watch:
         while not self._ended.wait(self._beat_s):
             try:
                 self._tick()
-            except RuntimeError as error:
+            except RuntimeError:
                 if not self._ended.is_set() and not self._first_is_done:
-                    self._stop(f"the launcher's store, on the host of rank 0, is gone: {error}", self._speaks)
+                    self._stop(
+                        f"{self._names[0]} is gone, and with it the store that it holds.", self._speaks
+                    )
                 return
 
     def _tick(self) -> None:
@@ -223,6 +225,7 @@ class Watch:
             print(f"{why} All ranks stop.", file=sys.stderr, flush=True)
         if self._rank == 0:
             time.sleep(4 * self._beat_s)
+        self._ended.set()
         self._leave(1)
 
 
