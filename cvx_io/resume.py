@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from cvx_core.errors import FormatError
 from cvx_core.mesh import Mesh
-from cvx_io.atomic import atomic_folder
+from cvx_io.atomic import atomic_folder, is_left_over
 from cvx_io.tensors.dcp_metadata import Checkpoint, Place, read_checkpoint
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"^step-(\d{8})$")
+_BEGUN = re.compile(r"^\.?(step-\d{8})\b")
+"""The folder of a save, complete or not."""
+log = logging.getLogger("cvx")
 
 
 def save(
@@ -41,14 +45,15 @@ def save(
 ) -> Path:
     """Write a checkpoint of `state` (nested dicts of tensors and numbers) and drop all but the newest `keep`.
 
-    record: small JSON facts kept in the manifest. A killed save leaves no folder that `newest` returns.
+    record: small JSON facts kept in the manifest. A killed save leaves nothing that `complete` returns; what
+    it leaves goes with the next save.
     With a mesh of several ranks all of them call this; each writes what it holds, the first the manifest.
     """
     path = folder / f"step-{step:08d}"
     alone = mesh is None or mesh.degrees.world == 1
     first = mesh is None or mesh.is_first
-    if first and path.exists():
-        shutil.rmtree(path)
+    if first:
+        _clear(folder, path)
     context = atomic_folder(path, MANIFEST) if first else nullcontext()
     with context as made, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that no process group is there
@@ -63,6 +68,14 @@ def save(
     if mesh is not None:
         mesh.barrier()
     return path
+
+
+def _clear(folder: Path, path: Path) -> None:
+    """Remove what is at the path of a new checkpoint, and what killed saves left."""
+    for item in folder.iterdir() if folder.is_dir() else ():
+        left_over = _BEGUN.match(item.name) and is_left_over(item)
+        if item == path or left_over:
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
 
 
 def _agreed(partial: Path | None, alone: bool) -> Path:
@@ -96,6 +109,9 @@ def find(folder: Path, resume: str | Path) -> Path | None:
             )
         return None
     if resume == "auto":
+        for name in _interrupted(folder, here):
+            goes_on = f"goes on from {here[-1].name}" if here else "starts from the beginning"
+            log.warning("saving %s was interrupted, so the run %s", name, goes_on)
         return here[-1] if here else None
     path = Path(resume)
     if (path / MANIFEST).exists():
@@ -104,6 +120,13 @@ def find(folder: Path, resume: str | Path) -> Path | None:
     if not inside:
         raise FormatError(f"{path}: holds no checkpoint. Give a step-... folder, or the folder of a run.")
     return inside[-1]
+
+
+def _interrupted(folder: Path, here: Sequence[Path]) -> list[str]:
+    """Return the checkpoints newer than the complete ones, `here`, whose save was begun."""
+    begun = (_BEGUN.match(path.name) for path in (folder.iterdir() if folder.is_dir() else ()))
+    names = {match[1] for match in begun if match}
+    return sorted(name for name in names if not here or name > here[-1].name)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -118,14 +141,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def restore(path: Path, state: dict[str, Any]) -> None:
+def restore(path: Path, state: dict[str, Any], mesh: Mesh | None = None) -> None:
     """Fill `state` in place from a checkpoint. Runs nothing that its files name.
 
-    Raises FormatError, before anything is read, where the checkpoint holds other names or shapes; and where
-    a file is damaged or holds anything but tensors and plain values.
+    With a mesh, each pipeline stage reads its own part; collective over `pp`. Raises FormatError, before
+    anything is read, where the checkpoint holds other names or shapes; and where a file is damaged or holds
+    anything but tensors and plain values.
     """
     checkpoint = read_checkpoint(path)
-    _check_fit(checkpoint, state)
+    _check_fit(checkpoint, state, _elsewhere(state, mesh))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -187,11 +211,24 @@ def _info(place: Place) -> _StorageInfo:
     return _StorageInfo(place.file.name, place.start, place.length)
 
 
-def _check_fit(checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+def _elsewhere(state: Mapping[str, Any], mesh: Mesh | None) -> set[str]:
+    """Return the names that all pipeline stages hold together."""
+    if mesh is None or (group := mesh.group("pp")) is None:
+        return set()
+    names: list[Any] = [None] * mesh.size("pp")
+    dist.all_gather_object(names, [name for name, _ in _flat(state)], group=group)
+    return {name for stage in names for name in stage}
+
+
+def _check_fit(checkpoint: Checkpoint, state: Mapping[str, Any], elsewhere: Collection[str]) -> None:
+    """Compare names and shapes. elsewhere: names that other ranks read."""
     wanted = dict(_flat(state))
     stored = {name: saved.info.shape for name, saved in checkpoint.tensors.items()}
     stored |= dict.fromkeys(checkpoint.objects, ())
-    missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    missing, extra = (
+        sorted(wanted.keys() - stored.keys()),
+        sorted(stored.keys() - wanted.keys() - set(elsewhere)),
+    )
     both = wanted.keys() & stored.keys()
     misshaped = sorted(name for name in both if stored[name] != tuple(_shape(wanted[name])))
     if missing or extra or misshaped:

@@ -204,7 +204,7 @@ class Loop:
         manifest = resume.read_manifest(path)
         model, optimizer = get_state_dict(self._module, self._optimizer, options=_FLAT)
         state: dict[str, Any] = {"model": model, "optimizer": optimizer}
-        resume.restore(path, state)
+        resume.restore(path, state, self._mesh)
         set_state_dict(
             self._module,
             self._optimizer,

@@ -44,6 +44,22 @@ def test_a_folder_without_its_manifest_does_not_count(tmp_path):
     assert resume.find(tmp_path, "auto").name == "step-00000001"
 
 
+def test_an_interrupted_save_is_told_of_and_goes_with_the_next(tmp_path, caplog):
+    caplog.set_level("INFO", "cvx")
+    kept = tmp_path / ".notes"
+    kept.mkdir()
+    save(tmp_path, 1)
+    (tmp_path / ".step-00000002.0123abcd.partial").mkdir()
+    (tmp_path / ".step-00000002.0123abcd.manifest").touch()
+    assert resume.find(tmp_path, "auto").name == "step-00000001"
+    assert caplog.messages == ["saving step-00000002 was interrupted, so the run goes on from step-00000001"]
+    last = save(tmp_path, 3)
+    assert sorted(tmp_path.iterdir()) == [kept, tmp_path / "step-00000001", last]
+    caplog.clear()
+    assert resume.find(tmp_path, "auto") == last
+    assert caplog.messages == []
+
+
 def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def explode(*args, **kwargs):
         raise OSError("disk full")
