@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 CODE := cvx_core cvx_io cvx_parallel cvx_plugins tests benchmarks examples recipes
 
-.PHONY: install demo test check lint bench clean
+.PHONY: install demo test test-all check lint bench clean
 
 install: $(VENV)/installed
 
@@ -26,10 +26,13 @@ demo: install
 	$(BIN)/python recipes/demo/score.py runs/demo
 
 test: lint
+	$(BIN)/python -m pytest -m "not matrix"
+
+test-all: lint
 	$(BIN)/python -m pytest
 
 check: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not matrix"
 
 lint: install
 	$(BIN)/ruff check $(CODE)
