@@ -291,7 +291,8 @@ def _gradients_of(part: Mapping[str, Any], weights: Sequence[Tensor]) -> Sequenc
         if len(noted) > 1:  # one may lead to another, whose gradient is whole already
             hooks.append(node.register_prehook(lambda _grads, values=values: values))
     try:
-        return torch.autograd.grad(edges, weights, grads, allow_unused=True)
+        # What lies between two uses of a weight is gone through for it, and again for what it meets there.
+        return torch.autograd.grad(edges, weights, grads, retain_graph=True, allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cvx_core.errors import PluginError
+from cvx_core.errors import CvxError, PluginError
 from cvx_core.interfaces import Condition, Deps, Features, Noised, Parts, Plan, Tokens
 from cvx_core.random import Draws
 from cvx_parallel.pipeline import Cut, Passing, actions
@@ -36,6 +36,12 @@ class Pipeline:
             )
         names = list(module.blocks)
         stages = tuple(tuple(names[first:end]) for first, end in self.cfg.bounds(len(names)))
+        counts = [len(stage) for stage in stages]
+        if sum(counts) != len(names) or not all(counts):
+            raise CvxError(
+                f"pp: {len(names)} blocks do not make stages of {self.cfg.counts(len(names))}. "
+                "Change `stages`."
+            )
         self._cut = Cut(stages, self.cfg.ranks)
         whole = {name: tuple(p.shape) for name, p in module.named_parameters()}
         keep(module, self.plan, self._cut, parts.mesh.place("pp"))

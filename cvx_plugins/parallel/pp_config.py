@@ -93,6 +93,8 @@ class PipelineConfig(StrategyConfig):
         return self.schedule not in IN_ROUNDS or microbatches % max(1, microbatches // self.ranks) == 0
 
     def check(self, spec: Spec) -> Iterable[Problem]:
+        if self.ranks == 1:
+            yield Problem("size", "has no effect with 1 rank. Use 2 or more, or leave pp out.")
         task = spec.choices["task"]
         if task.config.trains != "predictor":
             yield Problem(
@@ -103,6 +105,8 @@ class PipelineConfig(StrategyConfig):
             yield from self._check_layers(layers)
         if self.microbatches is not None:
             yield from self._check_microbatches(self.microbatches, spec.loader.batch)
+        if self.schedule == "zero-bubble":
+            yield from self._check_split(choice.name for choice in spec.parallel)
 
     def _check_layers(self, layers: int) -> Iterable[Problem]:
         counts = self.counts(layers)
@@ -115,9 +119,19 @@ class PipelineConfig(StrategyConfig):
         elif len(counts) > layers:
             yield Problem(
                 "size",
-                f"{self.ranks} ranks with {self.per_rank} stages each are {len(counts)} stages for {layers} "
-                f"blocks. Use at most {layers // self.per_rank or layers} ranks.",
+                f"{self.ranks} ranks x {self.per_rank} = {len(counts)} stages, which {layers} blocks do not "
+                f"fill. Use at most {layers} stages.",
             )
+
+    def _check_split(self, names: Iterable[str]) -> Iterable[Problem]:
+        """A split pass reads what a block has kept twice, and once more for each group of its weights."""
+        for name in names:
+            if name in ("recompute", "compile"):
+                yield Problem(
+                    "schedule",
+                    f"'zero-bubble' goes back through a block in pieces; with {name!r} each of them would "
+                    f"cost a whole pass. Use interleaved, or leave {name} out.",
+                )
 
     def _check_microbatches(self, wanted: int, batch: int) -> Iterable[Problem]:
         if wanted > batch:
