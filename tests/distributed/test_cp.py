@@ -94,6 +94,8 @@ def _compare_attention(small, text, video, heads):
     assert small.enter(text, video).video.shape[1] == len(here) - text
     local = [x[:, :, here].requires_grad_() for x in (q, k, v)]
     out = small.attend(*local, None)
+    with torch.inference_mode():
+        assert torch.equal(small.attend(*local, None), out)
     share = torch.where(here < text, 1 / world, 1.0).unsqueeze(-1)
     grads = torch.autograd.grad((out * weight[:, :, here] * share).sum(), local)
     torch.testing.assert_close(out, expected[:, :, here], rtol=0, atol=1e-12)
