@@ -168,10 +168,10 @@ def _activations(passes: Passes, place: int, microbatches: int, rows: int) -> tu
     }
     flops = sum(one.flops for one in by_stage.values()) * microbatches
     if layout.size("pp") == 1:
-        return by_stage[0].peak, flops
+        return passes.tables + by_stage[0].peak, flops
     schedule = layout.strategies["pp"].schedule
     order = actions(schedule, layout.size("pp"), len(layout.stages), microbatches)[place]
-    return _in_flight([(a.kind, a.stage) for a in order], by_stage), flops
+    return passes.tables + _in_flight([(a.kind, a.stage) for a in order], by_stage), flops
 
 
 def _in_flight(order: list[tuple[str, int]], by_stage: Mapping[int, Pass]) -> int:

@@ -23,7 +23,8 @@ from cvx_plugins.plan.stand_ins import Standing
 class Pass:
     """kept: bytes between forward and backward pass; peak: bytes at most, in either; flops: of both.
 
-    Neither parameters nor their gradients are among them.
+    Neither parameters nor their gradients are among them, nor what a kernel or a collective of some backend
+    holds for itself.
     """
 
     kept: int
@@ -34,12 +35,18 @@ class Pass:
 class Passes:
     """Passes of the first rank of a layout along tp and cp, for any stage."""
 
+    tables: int
+    """Bytes that the predictor keeps from its first call on, such as tables of positions."""
+
     def __init__(self, layout: Layout, sample: Sample):
         self.layout, self._sample = layout, sample
         zero = layout.strategies.get("layerzero")
         self.dtype: torch.dtype = getattr(torch, getattr(zero, "param_dtype", None) or "", layout.dtype)
         self._predictor, _ = predictor_of(layout.spec, self.dtype)
         latent, condition = sample.latent(1, self.dtype)
+        with torch.no_grad(), Live() as live:
+            self._predictor.embed(latent, _timestep(1), condition)
+        self.tables = live.now
         self.outline = self._predictor.outline(latent, condition)
         video, text = self.outline.video.shape[1], self.outline.text.shape[1]
         sizes = {axis: layout.size(axis) for axis in ("ring", "ulysses", "tp")}
@@ -87,8 +94,7 @@ class Passes:
         predictor = self._predictor
         latent, condition = self._sample.latent(rows, self.dtype)
         if first:
-            timestep = torch.zeros(rows, dtype=torch.int64, device="meta")
-            tokens = predictor.split(predictor.embed(latent, timestep, condition))
+            tokens = predictor.split(predictor.embed(latent, _timestep(rows), condition))
         else:
             tokens = _received(predictor.split(predictor.outline(latent, condition)), self.dtype)
         for name in names:
@@ -99,6 +105,10 @@ class Passes:
         target = torch.empty_like(prediction, dtype=torch.float32)
         error = F.mse_loss(prediction.float(), target, reduction="none")
         return [error.flatten(1).mean(1).mean()]
+
+
+def _timestep(rows: int) -> Tensor:
+    return torch.zeros(rows, dtype=torch.int64, device="meta")
 
 
 def _values(found: Pass) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ They fill the same slots as the strategies do, on a predictor on the meta device
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,11 +24,20 @@ class Exchanged(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         ctx.shape = x.shape
-        return x.new_empty(shape)
+        return _through_buffer(x, shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad.new_empty(ctx.shape), None
+        return _through_buffer(grad, ctx.shape), None
+
+
+def _through_buffer(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return what is put together from pieces: for a moment there is a buffer of them, and what was sent."""
+    buffer = x.new_empty(max(x.numel(), math.prod(shape)))
+    sent = x.new_empty(min(x.numel(), math.prod(shape)))
+    out = x.new_empty(shape)
+    del buffer, sent
+    return out
 
 
 def exchanged(x: Tensor, dim: int, size: int) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cvx_core.building import build
-from cvx_core.interfaces import ParamGroup
+from cvx_core.interfaces import Deps, ParamGroup
 from cvx_core.placing import place
 from cvx_core.recipe import parse
 from cvx_core.spec import resolve
@@ -22,7 +22,7 @@ CASES = {
     "zero1": [{"use": "zero1"}],
     "layerzero": [{"use": "layerzero", "zero3_size": 2, "ignored_modules": ["patch_embed"]}],
     "tp x zero2": [{"use": "tp"}, {"use": "zero2"}],
-    "tp 4, 3 heads": [{"use": "tp", "size": 3}, {"use": "zero3"}],
+    "tp 3 x zero3": [{"use": "tp", "size": 3}, {"use": "zero3"}],
     "pp x zero3": [{"use": "pp"}, {"use": "zero3"}],
     "pp, two stages each": [{"use": "pp", "schedule": "interleaved"}, {"use": "ddp"}],
     "cp x zero1": [{"use": "cp", "ulysses": 2}, {"use": "zero1"}],
@@ -51,7 +51,7 @@ def _held(recipe: str) -> tuple[int, int, int]:
 @pytest.mark.parametrize("world", [4, 3])
 def test_real_ranks_hold_what_is_planned(world):
     cases = {
-        name: parallel for name, parallel in CASES.items() if (3 if name == "tp 4, 3 heads" else 4) == world
+        name: parallel for name, parallel in CASES.items() if (3 if name == "tp 3 x zero3" else 4) == world
     }
     adapter = {"use": "lora", "rank": 3}
     extra = [({"adapter": adapter}, [{"use": "tp"}, {"use": "zero3"}])] if world == 4 else []
@@ -64,7 +64,7 @@ def test_real_ranks_hold_what_is_planned(world):
 
 
 def held_of_64(recipe: str, rank: int) -> dict[str, tuple[int, ...]]:
-    """Return the local shapes of all parameters of one of 64 ranks, of which this is the only one there is."""
+    """Return the local shapes of all parameters of one of 64 ranks, the only one that there is."""
     import os
 
     import torch.distributed as dist
@@ -77,8 +77,6 @@ def held_of_64(recipe: str, rank: int) -> dict[str, tuple[int, ...]]:
     parts = build(spec)
     parts = parts.task.prepare(parts, spec)
     for choice in sorted(spec.parallel, key=lambda choice: choice.config.stage):
-        from cvx_core.interfaces import Deps
-
         parts = choice.build(Deps(spec)).apply(parts)
     return {name: tuple(held(p).shape) for name, p in parts.predictor.named_parameters()}
 
