@@ -1,10 +1,239 @@
 """layerzero: one process's results; parameters gathered inside a group, optimizer state over all ranks."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
 import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-from tests.distributed.matrix import compare
+from cvx_core import RecipeError, resolve
+from cvx_core.building import build
+from cvx_core.interfaces import ParamGroup, Parts
+from cvx_core.placing import place
+from cvx_core.recipe import parse
+from cvx_parallel.gradients import clip
+from cvx_parallel.sliced import state_bytes
+from tests.distributed import matrix
+from tests.distributed.harness import on_ranks
+from tests.distributed.matrix import compare_all, recipe
+
+LAYERZERO = {"use": "layerzero", "zero3_size": 2}
+COLLECTIVES = (
+    "all_gather_into_tensor",
+    "all_gather_single",
+    "reduce_scatter_tensor",
+    "reduce_scatter_single",
+)
 
 
-@pytest.mark.parametrize("variant", ["1.0-t2v", "1.5-i2v"])
-def test_alone(variant):
-    compare(variant, [{"use": "layerzero", "zero3_size": 2}], world=4)
+def test_alone():
+    ignoring = {**LAYERZERO, "ignored_modules": ["patch_embed", "transformer_blocks.1.norm1"]}
+    without_groups = {**LAYERZERO, "zero3_size": 1, "forward_prefetch": False}
+    cases = [("1.0-t2v", [LAYERZERO]), ("1.5-i2v", [ignoring]), ("2b", [without_groups])]
+    compare_all(cases, world=4, layers=2)
+
+
+class Sent(NamedTuple):
+    """One collective. size: bytes of what all of its ranks have in the end."""
+
+    kind: str
+    size: int
+    ranks: tuple[int, ...]
+
+
+@contextmanager
+def counted() -> Iterator[list[Sent]]:
+    """Note every collective that torch's engines and ours issue."""
+    sent: list[Sent] = []
+    before = {
+        name: getattr(dist, name) for name in (*COLLECTIVES, "all_reduce", "broadcast") if hasattr(dist, name)
+    }
+
+    def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def issue(*args: Any, **kwargs: Any) -> Any:
+            tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
+            ranks = tuple(dist.get_process_group_ranks(kwargs.get("group") or dist.group.WORLD))
+            kind = name.removesuffix("_single").removesuffix("_into_tensor").removesuffix("_tensor")
+            sent.append(Sent(kind, max(tensor.nbytes for tensor in tensors), ranks))
+            return call(*args, **kwargs)
+
+        return issue
+
+    for name, call in before.items():
+        setattr(dist, name, counting(name, call))
+    try:
+        yield sent
+    finally:
+        for name, call in before.items():
+            setattr(dist, name, call)
+
+
+def made(text: str) -> tuple[Parts, Any, list[tuple[str, torch.Tensor]], torch.optim.Optimizer]:
+    spec = resolve(parse(text))
+    parts = place(build(spec), spec)
+    matrix._randomise(parts)
+    named = matrix._trainable(parts)
+    assert parts.make_optimizer is not None
+    return parts, spec, named, parts.make_optimizer([ParamGroup(named, {})])
+
+
+def steps(text: str, count: int, accumulate: int = 1) -> dict[str, Any]:
+    """Train for some steps; return losses, whole parameters and their bytes, and what was sent and kept."""
+    parts, spec, named, optimizer = made(text)
+    losses, groups = [], []
+    with counted() as sent:
+        for number in range(count):
+            for k in range(accumulate):
+                parts.before_update(k == accumulate - 1)
+                features, draws = matrix._share(parts, spec, number * accumulate + k)
+                losses.append(float(matrix._mean(parts.forward_backward(features, draws), parts)))
+            issued = len(sent)
+            clip([p for _, p in named], 1.0, parts.mesh)
+            after_backward = len(sent)
+            optimizer.step()
+            optimizer.zero_grad()
+            groups.append((sent[:issued], sent[after_backward:]))
+            sent.clear()
+    return {
+        "losses": losses,
+        "parameters": {name: matrix._whole(p) for name, p in named},
+        "bytes": sum(p.numel() * p.element_size() for _, p in named),
+        "kept": state_bytes(optimizer),
+        "held": sum(p.to_local().nbytes if hasattr(p, "to_local") else p.nbytes for _, p in named),
+        "passes": groups[-1][0],
+        "update": groups[-1][1],
+    }
+
+
+def several(texts: list[str], count: int) -> list[dict[str, Any]]:
+    return [steps(text, count) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[list[dict[str, Any]]]:
+    """Ten steps under layerzero and under zero3, by rank."""
+    parallel = ([LAYERZERO], [{"use": "zero3"}])
+    return on_ranks(4, several, [recipe("1.0-t2v", item, "float64", layers=2) for item in parallel], 10)
+
+
+@pytest.fixture(scope="module")
+def ten_steps(runs) -> list[dict[str, Any]]:
+    return [mine for mine, _ in runs]
+
+
+def test_ten_steps_are_those_of_zero3(runs):
+    for mine, other in runs:
+        assert mine["losses"] == pytest.approx(other["losses"], rel=1e-10)
+        for name, value in other["parameters"].items():
+            torch.testing.assert_close(mine["parameters"][name], value, rtol=0, atol=1e-9)
+
+
+def test_optimizer_state_is_shared_out_over_all_data_ranks(ten_steps):
+    """Two moments of every parameter, over 4 ranks; parameters over the 2 of a group."""
+    for rank in ten_steps:
+        assert rank["kept"] == 2 * rank["bytes"] / 4
+        assert rank["held"] == rank["bytes"] / 2
+
+
+def test_all_gathers_cross_no_group_boundary(ten_steps):
+    """Forward and backward gather parameters inside a group; groups exchange gradients and updates once."""
+    for number, rank in enumerate(ten_steps):
+        group, others = ((0, 1), (2, 3))[number // 2], ((0, 2), (1, 3))[number % 2]
+        gathers = [item for item in rank["passes"] + rank["update"] if item.kind == "all_gather"]
+        assert {item.ranks for item in gathers} == {group}
+        root = sum(item.size for item in gathers) - 2 * rank["bytes"]
+        assert -rank["bytes"] < root <= 0  # the root's parameters stay gathered from forward to backward
+        total = {"reduce_scatter": (group, rank["bytes"]), "all_reduce": (others, rank["bytes"] / 2)}
+        for kind, (ranks, size) in total.items():
+            found = [item for item in rank["passes"] if item.kind == kind and item.ranks != (0, 1, 2, 3)]
+            assert {item.ranks for item in found} == {ranks}
+            assert sum(item.size for item in found) == size, kind
+        assert {(item.kind, item.ranks) for item in rank["update"]} == {("broadcast", others)}
+        assert sum(item.size for item in rank["update"]) == rank["bytes"] / 2
+
+
+def test_accumulated_batches_exchange_gradients_once():
+    text = recipe("1.0-t2v", [LAYERZERO], "float64", layers=2)
+    for rank in on_ranks(4, steps, text, 1, 3):
+        scattered = sum(item.size for item in rank["passes"] if item.kind == "reduce_scatter")
+        assert scattered == rank["bytes"]
+
+
+def test_precisions():
+    """Blocks are computed in bfloat16; what is kept, summed and updated is float32."""
+    fields = {**LAYERZERO, "param_dtype": "bfloat16", "reduce_dtype": "float32"}
+    texts = [recipe("1.5-i2v", [item], "float32", layers=2) for item in (fields, LAYERZERO)]
+    for mine, other in on_ranks(4, several, texts, 2):
+        assert mine["losses"] == pytest.approx(other["losses"], rel=2e-2)
+        assert mine["losses"] != other["losses"]
+        assert all(value.dtype == torch.float32 for value in mine["parameters"].values())
+        sizes = [
+            sum(item.size for item in rank["passes"] if item.kind == "all_gather") for rank in (mine, other)
+        ]
+        assert sizes[0] * 2 == sizes[1]
+
+
+def state(text: str) -> dict[str, Any]:
+    """Return the optimizer's state after two steps, whole, by the names that checkpoints have."""
+    parts, spec, _, optimizer = made(text)
+    for number in range(2):
+        parts.before_update(True)
+        parts.forward_backward(*matrix._share(parts, spec, number))
+        parts.after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    _, packed = get_state_dict(parts.predictor, optimizer, options=options)
+    return {
+        key: matrix._whole(value) if isinstance(value, torch.Tensor) else value
+        for key, value in packed.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world"),
+    [([LAYERZERO], 4), ([{"use": "zero1"}], 2), ([{"use": "zero1"}, {"use": "tp"}], 4)],
+    ids=["layerzero", "zero1", "zero1-tp"],
+)
+def test_checkpoints_have_the_names_shapes_and_values_of_one_process(parallel, world):
+    ranks = on_ranks(world, state, recipe("1.0-t2v", parallel, "float64", layers=2))
+    alone = state(recipe("1.0-t2v", [], "float64", layers=2))
+    for rank in ranks:
+        assert rank.keys() == alone.keys()
+        for key, value in alone.items():
+            if isinstance(value, torch.Tensor):
+                assert matrix.relative(rank[key], value, 1e-9) < 1e-6, key
+            else:
+                assert rank[key] == value, key
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"ignored_modules": ["patch_embd"]},
+            "no module 'patch_embd' with parameters. Did you mean 'patch_embed'?",
+        ),
+        ({"ignored_modules": ["tables"]}, "no module 'tables'"),
+        ({"size": 6, "zero3_size": 4}, "zero3_size 4 does not divide size 6; 3 would"),
+        ({"param_dtype": "float16"}, "param_dtype"),
+        ({"zero3_sise": 4}, "Did you mean 'zero3_size'"),
+    ],
+)
+def test_refused(fields, message):
+    with pytest.raises(RecipeError) as error:
+        resolve(parse(recipe("1.0-t2v", [{**LAYERZERO, **fields}], "float32")))
+    assert message in str(error.value)
+
+
+def test_nothing_to_share_out_in_a_task_without_training():
+    data = yaml.safe_load(recipe("1.0-t2v", [LAYERZERO], "float32")) | {"task": {"use": "evaluate"}}
+    del data["optimizer"]
+    with pytest.raises(RecipeError, match="trains nothing"):
+        resolve(parse(yaml.safe_dump(data)))
