@@ -114,12 +114,12 @@ def undisturbed(argv, tmp_path_factory) -> dict[int, list[dict]]:
 @pytest.mark.parametrize(
     ("world", "rank", "point"),
     [
-        (1, 0, "written"),
         (1, 0, "rename"),
         (2, 0, "begin"),
-        (2, 0, "rename"),
-        (2, 1, "begin"),
         (2, 1, "written"),
+        pytest.param(1, 0, "written", marks=pytest.mark.slow),
+        pytest.param(2, 0, "rename", marks=pytest.mark.slow),
+        pytest.param(2, 1, "begin", marks=pytest.mark.slow),
     ],
 )
 def test_goes_on_from_the_save_before(world, rank, point, argv, undisturbed, tmp_path):

@@ -106,7 +106,7 @@ def alone(model, tmp_path_factory) -> tuple[dict[str, torch.Tensor], list[str]]:
     return result
 
 
-@pytest.mark.parametrize(("world", "cases"), [(2, ON_2), (4, ON_4)])
+@pytest.mark.parametrize(("world", "cases"), [(2, ON_2), pytest.param(4, ON_4, marks=pytest.mark.slow)])
 def test_several_ranks_sample_the_videos_of_one(world, cases, model, alone, tmp_path):
     texts = [recipe(model, tmp_path / str(i), parallel) for i, parallel in enumerate(cases)]
     ranks = on_ranks(world, sampled, texts)
