@@ -82,8 +82,12 @@ class FieldReader:
         try:
             config = model.model_validate_json(json.dumps(plain), strict=True)
         except ValidationError as error:
+            found: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
             for detail in error.errors(include_url=False):
-                self._report(model, address, detail, who)
+                location = tuple(part for part in detail["loc"] if not _is_variant(part))
+                found.setdefault(location, []).append(detail)
+            for location, details in found.items():
+                self._report(model, address, location, details, who)
             return None
         if len(self.problems) > before:
             return None
@@ -130,29 +134,48 @@ class FieldReader:
             self._problem(address, f"no such file or folder: {path}. Relative paths start at {start}.")
         return str(path)
 
-    def _report(self, model: type[BaseModel], address: Address, detail: ErrorDetails, who: str) -> None:
-        location = tuple(part for part in detail["loc"] if not _is_variant(part))
-        at = (*address, *location)
+    def _report(
+        self,
+        model: type[BaseModel],
+        address: Address,
+        location: tuple[str | int, ...],
+        details: list[ErrorDetails],
+        who: str,
+    ) -> None:
+        """Add one problem for a field; it has several details where it may be of several types."""
+        at, detail = (*address, *location), details[0]
         kind, got = detail["type"], detail.get("input")
         if kind == "extra_forbidden":
             options = _fields_at(model, location[:-1])
             self._problem(at, f"{who} has no such field.{did_you_mean(str(location[-1]), options)}")
         elif kind == "missing":
             self._problem(at, "is required.")
-        elif kind == "literal_error":
-            expected = detail["ctx"]["expected"]
-            options = [option.strip("'") for option in expected.replace(" or ", ", ").split(", ")]
-            self._problem(at, f"got {got!r}; expected {expected}.{did_you_mean(str(got), options)}")
         elif kind in ("value_error", "assertion_error"):
             self._problem(at, str(detail["ctx"]["error"]))
-        elif kind in _EXPECTED:
-            self._problem(at, f"got {got!r}; expected {_EXPECTED[kind]}.")
         else:
-            message = detail["msg"].replace("Input should be ", "expected a value ")
-            self._problem(at, f"got {got!r}; {message[0].lower()}{message[1:]}.")
+            expected = " or ".join(dict.fromkeys(map(_expected, details))).replace(" or expected", " or")
+            options = [option for item in details for option in _options(item)]
+            self._problem(at, f"got {got!r}; {expected}.{did_you_mean(str(got), options)}")
 
     def _problem(self, address: Address, message: str) -> None:
         self.problems.append(self.recipe.problem(address, message))
+
+
+def _expected(detail: ErrorDetails) -> str:
+    if detail["type"] == "literal_error":
+        return f"expected {detail['ctx']['expected']}"
+    if detail["type"] in _EXPECTED:
+        return f"expected {_EXPECTED[detail['type']]}"
+    message = detail["msg"].replace("Input should be ", "expected a value ")
+    return f"{message[0].lower()}{message[1:]}"
+
+
+def _options(detail: ErrorDetails) -> list[str]:
+    """Return the words that a field takes."""
+    if detail["type"] != "literal_error":
+        return []
+    expected: str = detail["ctx"]["expected"]
+    return [option.strip("'") for option in expected.replace(" or ", ", ").split(", ")]
 
 
 def _overlay(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +188,9 @@ def _overlay(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_variant(part: str | int) -> bool:
     """Tell whether a location part is pydantic's name of a union member rather than a field or index."""
-    return isinstance(part, str) and (part != part.lower() or "[" in part or part in _UNION_TAGS)
+    if not isinstance(part, str):
+        return False
+    return part != part.lower() or "[" in part or part in _UNION_TAGS or part.startswith("constrained-")
 
 
 _UNION_TAGS = {"int", "float", "str", "bool", "path", "none"}

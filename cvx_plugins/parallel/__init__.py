@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal
 
-from cvx_core import Component, hookimpl
+from cvx_core import Component, Problem, Spec, hookimpl
 from cvx_core.config import Positive
 from cvx_core.strategy import Stage, StrategyConfig
 from cvx_plugins.parallel import (
@@ -47,6 +47,14 @@ class ShardConfig(DataConfig):
         return {"dp_replicate": 1, "dp_shard": None if self.size == "auto" else self.size}
 
 
+class Zero2Config(ShardConfig):
+    """Data parallel with gradients and optimizer state shared out; parameters are whole for a step."""
+
+    def check(self, spec: Spec) -> Iterable[Problem]:
+        """Yield why there are no gradients."""
+        yield from layerzero_config.needs_training(spec, "gradients")
+
+
 @hookimpl
 def cvx_components() -> Iterable[Component]:
     target = "cvx_plugins.parallel.data:"
@@ -54,7 +62,7 @@ def cvx_components() -> Iterable[Component]:
         "strategy", "ddp", DataConfig, f"{target}ddp", summary="data parallel, everything replicated"
     )
     yield Component(
-        "strategy", "zero2", ShardConfig, f"{target}zero2", summary="gradients and optimizer state sharded"
+        "strategy", "zero2", Zero2Config, f"{target}zero2", summary="gradients and optimizer state sharded"
     )
     yield Component("strategy", "zero3", ShardConfig, f"{target}zero3", summary="parameters sharded too")
     yield from cp_config.components()

@@ -32,7 +32,7 @@ class Zero1Config(StrategyConfig):
 
     def check(self, spec: Spec) -> Iterable[Problem]:
         """Yield why there is no optimizer state."""
-        yield from _needs_training(spec)
+        yield from needs_training(spec, "optimizer state")
 
 
 class LayerZeroConfig(StrategyConfig):
@@ -72,7 +72,7 @@ class LayerZeroConfig(StrategyConfig):
 
     def check(self, spec: Spec) -> Iterable[Problem]:
         """Yield why there is no optimizer state, and modules that do not exist."""
-        problems = list(_needs_training(spec))
+        problems = list(needs_training(spec, "optimizer state"))
         yield from problems
         if self.ignored_modules and not problems:
             yield from self._unknown(spec, spec.config("task").trains)
@@ -102,11 +102,12 @@ def _nearest_divisor(number: int, wish: int) -> int:
     return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: abs(n - wish))
 
 
-def _needs_training(spec: Spec) -> Iterable[Problem]:
+def needs_training(spec: Spec, what: str) -> Iterable[Problem]:
+    """Yield why there is nothing to share out. what: such as "gradients"."""
     if spec.config("task") is not None and spec.config("task").trains is None:
         yield Problem(
             "",
-            f"task {spec.name_of('task')!r} trains nothing, so there is no optimizer state to share out. "
+            f"task {spec.name_of('task')!r} trains nothing, so it has no {what} to share out. "
             "Use zero3 to share parameters.",
         )
 
