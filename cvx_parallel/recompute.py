@@ -12,7 +12,6 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 from cvx_core.interfaces import Tokens
@@ -26,10 +25,12 @@ def recomputed(run: Run, keep_attention: bool) -> Run:
 
     Collectives inside are issued again in the backward pass, on all ranks in the same order.
     """
-    contexts = partial(create_selective_checkpoint_contexts, _policy) if keep_attention else noop_context_fn
+    options: dict[str, Any] = {"use_reentrant": False}
+    if keep_attention:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
 
     def again(body: Body, tokens: Tokens) -> Tokens:
-        result: Tokens = checkpoint(partial(run, body), tokens, use_reentrant=False, context_fn=contexts)
+        result: Tokens = checkpoint(partial(run, body), tokens, **options)
         return result
 
     return again

@@ -182,6 +182,13 @@ def _export_problems(export: Choice | None, spec: Spec, section: str) -> Iterabl
     """Yield why a format cannot take the weights of a section's component."""
     if export is None or section not in spec.choices:
         return
+    if section == "predictor" and "adapter" in spec.choices:
+        yield Problem(
+            "export",
+            "writes a predictor without an adapter, so it would lose what is trained. Leave it out; the "
+            "checkpoints hold the adapter.",
+        )
+        return
     config, choice = export.config, spec.choices[section]
     if getattr(config, "read_only", False) or getattr(config, "holds", "") == "lora":
         what = "is read only" if getattr(config, "read_only", False) else "holds LoRA weights only"

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from cvx_core import device as devices
 from cvx_core.errors import CvxError
 from cvx_core.interfaces import ParamGroup, Parts, Work
-from cvx_core.random import Draws
+from cvx_core.random import Draws, keyed
 from cvx_core.spec import Spec
 from cvx_io import resume
 from cvx_io.atomic import write_json, write_text
@@ -113,6 +113,9 @@ class Loop:
             work = next(stream)
             self._mark(f"step {step + 1}")
             self._before_update(k == self._config.accumulate - 1)
+            # Dropout draws from torch's own generator; so what it drops is the same after a resume.
+            place = self._mesh.place("loss")
+            torch.manual_seed(keyed(work.draws.seed, "torch", work.draws.number, place).initial_seed())
             own = step_function(work)
             loss = float(self._mean(own.clone()))
             names = [row.id for row in loader.rows_before(work.cursor)]

@@ -77,6 +77,26 @@ def test_what_is_refused():
         resolve(parse(yaml.safe_dump(data)))
 
 
+def test_full_is_compiled_as_a_whole_too():
+    compiled = {"use": "compile", "backend": "aot_eager", "fullgraph": True}
+    compare("1.0-t2v", [compiled, FULL], world=1, layers=2)
+
+
+def test_dropout_drops_the_same_again():
+    lora = {"use": "lora", "rank": 2, "dropout": 0.5}
+    gradients = []
+    for parallel in ([lora], [lora, FULL], [lora, SELECTIVE]):
+        spec = resolve(parse(recipe("1.0-t2v", parallel, "float64", layers=2)))
+        parts = place(build(spec), spec)
+        matrix._randomise(parts)
+        parts.predictor.train()
+        torch.manual_seed(0)
+        parts.forward_backward(*matrix._share(parts, spec, 0))
+        gradients.append([p.grad for _, p in matrix._trainable(parts)])
+    for other in gradients[1:]:
+        assert all(map(torch.equal, gradients[0], other))
+
+
 @pytest.mark.slow
 def test_compiled_blocks():
     compare(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import peft
@@ -17,6 +18,7 @@ from cvx_core.interfaces import Deps
 from cvx_core.placing import initialise, place
 from cvx_core.random import keyed
 from cvx_core.recipe import parse
+from cvx_core.run import run
 from cvx_plugins.lora.adapter import Lora, matches, targets
 from cvx_plugins.lora.adapter_config import LoraConfig
 from tests.distributed import matrix
@@ -130,11 +132,17 @@ def recipe(adapter: dict[str, Any], **changes: Any) -> str:
         ({"targets": []}, {}, "an empty list"),
         ({"rank": 0}, {}, "adapter.rank"),
         ({}, {"task": {"use": "evaluate"}}, "changes nothing in task 'evaluate'"),
+        ({"weights": {"use": "peft", "path": "."}}, {}, "adapter.weights: cannot be loaded by a recipe"),
+        (
+            {},
+            {"task": {"use": "train", "steps": 1, "export": {"use": "hf"}}},
+            "it would lose what is trained",
+        ),
     ],
 )
 def test_refused(adapter, changes, message):
     text = recipe(adapter, **changes)
-    if changes:
+    if "evaluate" in message:
         text = yaml.safe_dump({k: v for k, v in yaml.safe_load(text).items() if k != "optimizer"})
     with pytest.raises(RecipeError, match=message):
         resolve(parse(text))
@@ -164,3 +172,18 @@ def test_base_weights_load_without_the_factors(tmp_path):
     save_file(state, folder / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CvxError, match=r"proj_out\.bias"):
         place(build(spec), spec)
+
+
+def test_dropout_is_the_same_after_a_resume(tmp_path):
+    data = yaml.safe_load(recipe({"rank": 4, "dropout": 0.5}))
+    data["task"] |= {"tensorboard": False, "steps": 3}
+    data["dataset"]["rows"] = 4
+
+    def losses(name: str, *stops: int | None) -> list[float]:
+        for stop in stops:
+            task = data["task"] | {"resume": "auto", "stop_at": stop}
+            run(resolve(parse(yaml.safe_dump(data | {"task": task, "output": str(tmp_path / name)}))))
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    assert losses("once", None) == losses("twice", 1, None)
