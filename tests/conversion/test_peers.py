@@ -58,7 +58,8 @@ def opened(path, registry, convert_model=None):
         module = model.component.load()(config, None)
     module.to_empty(device="cpu")
     choice = Choice(model.component, config, Choice(component, component.config(path=path)))
-    account = fill(module, choice, SimpleNamespace(registry=registry), "predictor")
+    spec = SimpleNamespace(registry=registry, run=SimpleNamespace(seed=0))
+    account = fill(module, choice, spec, "predictor")
     return module.eval(), account
 
 
