@@ -435,6 +435,11 @@ class Parts:
         return getattr(self, self.trains) if self.trains is not None else None
 
     @property
+    def methods(self) -> list[str]:
+        """The methods of the trained module, besides forward, that tasks call and that use its parameters."""
+        return [name for name in ("reconstruct", "moments") if hasattr(self.trained, name)]
+
+    @property
     def blocks(self) -> list[Any]:
         """The blocks of the trained module on this rank, in order; none where it has no such list."""
         return list(getattr(self.trained, "blocks", {}).values())

@@ -5,7 +5,7 @@ Source of the architecture: CogVideoX, Yang et al. 2024 (arXiv 2408.06072), sect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -160,14 +160,20 @@ class CogVideoXVAE(nn.Module):
         return _finite(video, f"the video decoded in {video.dtype}", "Decode in bfloat16 or float32")
 
     def reconstruct(
-        self, video: Tensor, generator: torch.Generator | None = None
+        self, video: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the video decoded from its own latent, and the posterior's mean and log variance.
 
-        This is what training the autoencoder differentiates. Shapes and `generator` as in encode; unscaled.
+        This is what training the autoencoder differentiates. Shapes and `generator` as in encode, or one for
+        each row; unscaled.
         """
         mean, logvar = self._posterior(video)
-        return self._decode(_draw(mean, torch.exp(0.5 * logvar), generator)), mean, logvar
+        std = torch.exp(0.5 * logvar)
+        if isinstance(generator, Sequence):
+            latent = torch.stack([_draw(m, s, g) for m, s, g in zip(mean, std, generator, strict=True)])
+        else:
+            latent = _draw(mean, std, generator)
+        return self._decode(latent), mean, logvar
 
     forward = reconstruct
 

@@ -46,6 +46,7 @@ class Zero:
             reshard_after_forward=self.reshard,
             policy=MixedPrecisionPolicy(reduce_dtype=reduce),
             prefetch=self.cfg.prefetch,
+            methods=parts.methods,
         )
         return replace(parts, before_update=before)
 

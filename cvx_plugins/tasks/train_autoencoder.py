@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from cvx_core.errors import CvxError
 from cvx_core.interfaces import Deps, Parts, Work
-from cvx_core.random import keyed
 from cvx_core.spec import Spec
 from cvx_plugins.tasks import TrainAutoencoderConfig
 from cvx_plugins.tasks.export import export_component
@@ -40,8 +41,7 @@ class TrainAutoencoder:
         def step(work: Work) -> Tensor:
             assert work.batch.video is not None
             video = work.batch.video.to(weight.device, weight.dtype)
-            generator = keyed(spec.run.seed, "noise", work.draws.number, work.draws.rank)
-            loss = self.loss(autoencoder, video, generator)
+            loss = self.loss(autoencoder, video, work.draws.of("noise"))
             (loss / config.accumulate).backward()
             return loss.detach()
 
@@ -66,20 +66,29 @@ class TrainAutoencoder:
             squares += float((mean.double() ** 2 + std.double() ** 2).sum())
             sums += float(mean.double().sum())
             count += mean.numel()
-        return float((squares / count - (sums / count) ** 2) ** 0.5)
+        mean, square = sums / count, squares / count
+        if (group := parts.mesh.group("batch")) is not None:  # ranks have as many values each
+            both = torch.tensor([mean, square], device=parts.device)
+            dist.all_reduce(both, group=group)
+            mean, square = (both / parts.mesh.size("batch")).tolist()
+        return float((square - mean**2) ** 0.5)
 
-    def loss(self, autoencoder: torch.nn.Module, video: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the loss of a video batch (B,3,F,H,W), float32, per pixel.
+    def loss(
+        self, autoencoder: torch.nn.Module, video: Tensor, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Return the loss of a video batch (B,3,F,H,W) per pixel, at least float32. generators: one a row.
 
         KL divergence of a diagonal Gaussian from the unit one: Kingma & Welling 2014, appendix B.
         """
-        reconstruction, mean, logvar = autoencoder.reconstruct(video, generator)  # type: ignore[operator]
+        reconstruction, mean, logvar = autoencoder.reconstruct(video, generators)  # type: ignore[operator]
         if reconstruction.shape != video.shape:
             raise CvxError(
                 f"video.frames {video.shape[2]}: the reconstruction has {reconstruction.shape[2]} frames. "
                 "Use a number of frames that comes back as it is, such as 1, 9 or 17."
             )
         distances = [DISTANCES[name] for name in self._config.reconstruction.split("+")]
-        error = sum(distance(reconstruction.float(), video.float()) for distance in distances)
-        kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).mean()
+        wide = torch.promote_types(video.dtype, torch.float32)
+        error = sum(distance(reconstruction.to(wide), video.to(wide)) for distance in distances)
+        mean, logvar = mean.to(wide), logvar.to(wide)
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return error + self._config.kl_weight * kl
