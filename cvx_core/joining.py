@@ -41,7 +41,7 @@ def joined(world: World, spec: Spec, device: torch.device) -> Iterator[Callable[
         yield lambda _what: None
         return
     if device.type != "cpu":
-        torch.accelerator.set_device_index(device.index)
+        getattr(torch, device.type).set_device(device)
     timeout_s = spec.run.timeout_s
     store: Any = _store(timeout_s)
     everyone = preflight(dist.PrefixStore("preflight", store), facts(spec, world, device), world, timeout_s)
