@@ -25,7 +25,7 @@ Status = Literal["running", "torn", "failed", "done"]
 """torn: a collective failed, so a peer may be gone; failed: of its own fault."""
 
 BEAT_S = 0.5
-SILENT_S = 30.0
+SILENT_S = 20.0
 """Seconds without a sign of life after which a rank is gone; where collectives fail already, TORN_S."""
 TORN_S = 3.0
 GRACE_S = 8.0
