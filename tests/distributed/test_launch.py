@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cvx_core.watch import BEAT_S
 from tests.distributed.harness import on_ranks
 from tests.distributed.test_train import RECIPE, lines, run_all
 
@@ -82,7 +83,8 @@ def test_a_killed_rank_is_named_all_stop_and_a_restart_ends_as_if_nothing_had_be
         for launcher in launchers:
             with suppress(ProcessLookupError):
                 os.killpg(launcher.pid, signal.SIGKILL)
-    again = [str(recipe), *(f"--set={setting}" for setting in settings), "--set=task.stop_at=12"]
+    stop_at = lines(out)[-1]["step"] + 6
+    again = [str(recipe), *(f"--set={setting}" for setting in settings), f"--set=task.stop_at={stop_at}"]
     runs = [[*again, f"--set=output={out}", "--set=task.resume=auto"], [*again, f"--set=output={other}"]]
     assert on_ranks(2, run_all, runs) == [[0, 0]] * 2
     assert lines(out) == lines(other)
@@ -94,6 +96,7 @@ def kill_rank_1(launchers: list[subprocess.Popen], out: Path) -> None:
     while not (out / "log.jsonl").exists() or len(lines(out)) < 3:
         assert time.monotonic() - began < LIMIT_S
         time.sleep(0.02)
+    time.sleep(4 * BEAT_S)  # a rank is named with the step that it last spoke of
     rank = next(
         process for launcher in launchers for process in children(launcher.pid) if is_rank(process, 1)
     )

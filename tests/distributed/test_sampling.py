@@ -43,7 +43,7 @@ ON_4 = [
     [TP, ZERO3, VAE],
     [CFG, ZERO3],
     [ZERO3],
-    [{"use": "zero2"}, TP],
+    [DDP, TP],
 ]
 
 
