@@ -255,6 +255,9 @@ class Mesh:
 
     def _slice(self, axes: tuple[str, ...]) -> Any:
         root = self._root()
+        for axis in axes if len(axes) > 1 else ():
+            if axis in JOINED:
+                self.along(axis)  # torch knows a joined axis once it has been made
         if len(axes) == 1 and axes[0] in JOINED:
             names = JOINED[axes[0]]
             return root[names]._flatten(axes[0]) if len(names) > 1 else root[names[0]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -36,34 +38,44 @@ def clip(params: Sequence[Tensor], most: float | None, mesh: Mesh) -> Tensor:
     """Scale all gradients so that their norm over the whole model is at most `most`; return it before.
 
     Plain gradients must be the same on all ranks but those of other pipeline stages. Collective over the
-    meshes of the parameters and over `pp`.
+    world.
     """
-    groups = _by_mesh(params)
-    norm = total_norm(groups, mesh)
+    norm = total_norm(params, mesh)
     if most is not None:
-        for group in groups:
+        for group in _by(lambda param: getattr(param.grad, "device_mesh", None), params).values():
             torch.nn.utils.clip_grads_with_norm_(group, most, norm)
     return norm
 
 
-def total_norm(groups: Sequence[Sequence[Tensor]], mesh: Mesh) -> Tensor:
-    """Return the norm of all gradients of the model; parameters are grouped by their mesh."""
-    squares: Tensor | None = None
-    for group in groups:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
-        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        squares = whole.float() ** 2 if squares is None else squares + whole.float() ** 2
-    if squares is None:
-        squares = torch.zeros(())
-    if (pipeline := mesh.group("pp")) is not None:
-        dist.all_reduce(squares, group=pipeline)
+def total_norm(params: Sequence[Tensor], mesh: Mesh) -> Tensor:
+    """Return the norm of all gradients of the model, at least in float32. params: some, on every rank.
+
+    Each rank adds up what it holds, divided by how many ranks hold the same, so that one all-reduce over the
+    world does, whatever meshes the gradients lie on.
+    """
+    wide = reduce(torch.promote_types, (param.dtype for param in params), torch.float32)
+    squares = torch.zeros((), dtype=wide, device=params[0].device)
+    for copies, group in _by(lambda param: _copies(param, mesh), params).items():
+        norm = torch.nn.utils.get_total_norm([local(param.grad) for param in group])
+        squares = squares + norm.to(wide) ** 2 / copies
+    if mesh.degrees.world > 1:
+        dist.all_reduce(squares)
     return squares.sqrt()
 
 
-def _by_mesh(params: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Group parameters that have gradients; norms of one call must lie on one mesh."""
-    groups: dict[Any, list[Tensor]] = {}
+def _copies(param: Tensor, mesh: Mesh) -> int:
+    """Return how many ranks hold what this one holds of a parameter's gradient."""
+    pieces = mesh.size("pp")
+    if isinstance(grad := param.grad, DTensor):
+        dims = zip(grad.device_mesh.shape, grad.placements, strict=True)
+        pieces *= math.prod(size for size, placement in dims if not placement.is_replicate())
+    return mesh.degrees.world // pieces
+
+
+def _by(key: Callable[[Tensor], Any], params: Sequence[Tensor]) -> dict[Any, list[Any]]:
+    """Group parameters that have gradients."""
+    groups: dict[Any, list[Any]] = {}
     for param in params:
         if param.grad is not None:
-            groups.setdefault(getattr(param.grad, "device_mesh", None), []).append(param)
-    return list(groups.values())
+            groups.setdefault(key(param), []).append(param)
+    return groups

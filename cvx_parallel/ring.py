@@ -24,19 +24,22 @@ from cvx_parallel.tokens import Lengths, check
 
 
 class Ring:
-    """An `attend` slot over a group of ranks. It replaces the one before: it has to know log-sum-exps."""
+    """An `attend` slot over a group of ranks. It replaces the one before: it has to know log-sum-exps.
 
-    def __init__(self, group: dist.ProcessGroup, lengths: Callable[[], Lengths]):
-        self._group, self._lengths = group, lengths
+    where: the module whose slot it is, for messages.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, lengths: Callable[[], Lengths], where: str = "attention"):
+        self._group, self._lengths, self._where = group, lengths, where
         self._rank = dist.get_rank(group)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return (B,N,L+s,K) for q, k, v (B,N,L+s,K): the text, then this rank's video.
 
-        Raises ValueError for a mask.
+        Raises CvxError for a mask.
         """
         text, video = self._lengths()
-        check(q, mask, text + video[self._rank])
+        check(q, mask, text + video[self._rank], self._where)
         return _RingAttention.apply(q, k, v, text, video, self._group)
 
 

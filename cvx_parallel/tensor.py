@@ -25,10 +25,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from cvx_core.interfaces import Tokens
 from cvx_parallel.gradients import in_buckets, local
+from cvx_parallel.pieces import Sizes, gather, join, padded, shares
 
-Sizes = tuple[int, ...]
-# Older releases have these two under the second name only.
-_all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+# Older releases have it under the second name only.
 _reduce_scatter = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
 
 
@@ -77,7 +76,7 @@ class Shared:
 
     def join(self, tokens: Tokens) -> Tokens:
         """Return the whole video on every rank, each of which goes on with the same computation."""
-        return tokens._replace(video=_Join.apply(tokens.video, self._sizes_of(tokens), self._group))
+        return tokens._replace(video=join(tokens.video, self._sizes_of(tokens), self._group))
 
     def watch(self, block: Any) -> None:
         """Note the lengths of what enters a block's body, which its layers cannot tell apart."""
@@ -99,13 +98,8 @@ class Shared:
         """Return every rank's share; ranks that did not split the tokens themselves ask, once per grid."""
         if tokens.grid not in self._known:
             mine = torch.tensor([tokens.video.shape[1]], device=tokens.video.device)
-            self._known[tokens.grid] = tuple(_done(_all_gather(mine, 0, self._group)).tolist())
+            self._known[tokens.grid] = tuple(map(int, gather(mine, 0, (1,) * self._world, self._group)))
         return self._known[tokens.grid]
-
-
-def shares(count: int, world: int) -> Sizes:
-    """Return how many of `count` things each rank has; the first ranks have one more where needed."""
-    return tuple(count // world + (rank < count % world) for rank in range(world))
 
 
 def matching(module: nn.Module, patterns: Iterable[str]) -> dict[str, Any]:
@@ -239,17 +233,10 @@ def _sum(x: Tensor, group: Any) -> Tensor:
     return _done(functional.all_reduce(x.contiguous(), "sum", group))
 
 
-def _gather(x: Tensor, sizes: Sizes, group: Any) -> list[Tensor]:
-    """Return what every rank has of a sequence: x is (B,sizes[rank],D). Shorter ones travel padded."""
-    padded = F.pad(x, (0, 0, 0, max(sizes) - x.shape[1])).contiguous()
-    pieces = _done(_all_gather(padded, 0, group)).chunk(len(sizes))
-    return [piece[:, :size] for piece, size in zip(pieces, sizes, strict=True)]
-
-
 def _scatter_sum(x: Tensor, sizes: Sizes, group: Any) -> Tensor:
     """Return this rank's part (B,sizes[rank],D) of the sum of all ranks' x (B,sum(sizes),D)."""
     most = max(sizes)
-    pieces = [F.pad(piece, (0, 0, 0, most - piece.shape[1])) for piece in x.split(sizes, dim=1)]
+    pieces = [padded(piece, 1, most) for piece in x.split(sizes, dim=1)]
     return _done(_reduce_scatter(torch.cat(pieces), "sum", 0, group))[:, : sizes[dist.get_rank(group)]]
 
 
@@ -280,7 +267,7 @@ class _Enter(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, text: int, sizes: Sizes, group: Any) -> Tensor:
         ctx.args = text, sizes, group
-        return torch.cat([x[:, :text], *_gather(x[:, text:], sizes, group)], dim=1)
+        return torch.cat([x[:, :text], *gather(x[:, text:], 1, sizes, group)], dim=1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -300,22 +287,8 @@ class _Leave(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         text, sizes, group = ctx.args
-        video = _gather(grad[:, text:], sizes, group)
+        video = gather(grad[:, text:], 1, sizes, group)
         return torch.cat([_sum(grad[:, :text], group), *video], dim=1), None, None, None
-
-
-class _Join(Function):
-    """A part of the video to all of it; every rank has the same gradient, so their sum needs no exchange."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: Sizes, group: Any) -> Tensor:
-        ctx.args = sizes, dist.get_rank(group)
-        return torch.cat(_gather(x, sizes, group), dim=1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        sizes, rank = ctx.args
-        return grad.split(sizes, dim=1)[rank] * len(sizes), None, None
 
 
 class _Repartition(Function):

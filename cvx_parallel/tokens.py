@@ -8,19 +8,15 @@ pass, so that averaging parameters' gradients over the ranks gives those of one 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 
+from cvx_core.errors import CvxError
 from cvx_core.interfaces import Tokens
-from cvx_parallel.tensor import shares
-
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name
-
+from cvx_parallel.pieces import join, shares
 
 Slot = Callable[[Tokens], Tokens]
 Run = Callable[[Slot, Tokens], Tokens]
@@ -57,7 +53,7 @@ class Context:
 
     def join(self, tokens: Tokens) -> Tokens:
         """Return the whole video on every rank; rotary tables stay as they are. One all-gather of S/P D."""
-        return tokens._replace(video=_Join.apply(tokens.video, self._sizes(tokens), self._group))
+        return tokens._replace(video=join(tokens.video, self._sizes(tokens), self._group))
 
     def watch(self, run: Run) -> Run:
         """Return a block's `run` that notes lengths: ranks may have blocks and split nothing themselves."""
@@ -83,38 +79,19 @@ class Context:
         return shares(math.prod(tokens.grid), self._ring * self._ulysses)
 
 
-def check(q: Tensor, mask: Tensor | None, length: int) -> None:
-    """Raise ValueError for a mask, and for queries (B,N,L+S,K) that are not as many as entered the block."""
+def check(q: Tensor, mask: Tensor | None, length: int, where: str) -> None:
+    """Raise CvxError for a mask, and for queries (B,N,L+S,K) that are not as many as entered the block.
+
+    where: the module that attends.
+    """
     if mask is not None:
-        raise ValueError(
-            f"attention got a mask {tuple(mask.shape)}, but with `cp` a rank sees some of the tokens only, "
+        raise CvxError(
+            f"{where}: got a mask {list(mask.shape)}, but with `cp` a rank sees some of the tokens only, "
             "and masks are not shared out. Leave out `cp`, or use a predictor that masks nothing."
         )
     if q.shape[2] != length:
-        raise ValueError(
-            f"attention got {q.shape[2]} tokens where {length} entered the block last. With `cp`, a block "
-            "may only be run again for the tokens that it saw last."
+        raise CvxError(
+            f"{where}: got queries {list(q.shape)} of {q.shape[2]} tokens where {length} entered the block "
+            "last. With `cp`, a block may only be run again for the tokens that it saw last. Leave out "
+            "`cp`, or use a predictor that attends to all tokens of a block."
         )
-
-
-def gather(x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Return the ranks' x joined along a dim, in which they have `sizes`. One padded all-gather."""
-    padded = x.new_zeros(*x.shape[:dim], max(sizes), *x.shape[dim + 1 :])
-    padded.narrow(dim, 0, x.shape[dim]).copy_(x)
-    pieces = x.new_empty(len(sizes) * padded.numel())
-    _all_gather(pieces, padded.view(-1), group=group)
-    pairs = zip(pieces.view(len(sizes), *padded.shape), sizes, strict=True)
-    return torch.cat([piece.narrow(dim, 0, size) for piece, size in pairs], dim)
-
-
-class _Join(Function):
-    """All-gather along dim 1. All ranks go on alike, so the sum of their gradients is a multiple of one."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.rank = sizes, dist.get_rank(group)
-        return gather(x, 1, sizes, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.split(ctx.sizes, dim=1)[ctx.rank] * len(ctx.sizes), None, None

@@ -17,27 +17,35 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from cvx_parallel.tensor import shares
-from cvx_parallel.tokens import Lengths, check, gather
+from cvx_parallel.pieces import gather, shares
+from cvx_parallel.tokens import Lengths, check
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 HEADS, TOKENS = -3, -2
 
 
 class Ulysses:
-    """An `attend` slot over a group of ranks. inner: what attends to all tokens, with some of the heads."""
+    """An `attend` slot over a group of ranks. inner: what attends to all tokens, with some of the heads;
+    where: the module whose slot it is, for messages.
+    """
 
-    def __init__(self, group: dist.ProcessGroup, lengths: Callable[[], Lengths], inner: Attend):
-        self._group, self._lengths, self._inner = group, lengths, inner
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        lengths: Callable[[], Lengths],
+        inner: Attend,
+        where: str = "attention",
+    ):
+        self._group, self._lengths, self._inner, self._where = group, lengths, inner, where
         self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return (B,N,L+s,K) for q, k, v (B,N,L+s,K): the text, then this rank's video.
 
-        Raises ValueError for a mask.
+        Raises CvxError for a mask.
         """
         text, video = self._lengths()
-        check(q, mask, text + video[self._rank])
+        check(q, mask, text + video[self._rank], self._where)
         heads = shares(q.shape[1], self._world)
         out = self._attend(torch.stack((q, k, v)), text, video, heads)
         if text == 0:
@@ -109,7 +117,7 @@ class _GatherHeads(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
         ctx.shape, ctx.sizes, ctx.group = x.shape, sizes, group
-        return gather(x, 1, sizes, group)
+        return torch.cat(gather(x, 1, sizes, group), dim=1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -32,9 +32,11 @@ class CP:
         for block in predictor.blocks.values():
             block.run = context.watch(block.run)
         ring, ulysses = mesh.group("ring"), mesh.group("ulysses")
-        for module in matching(predictor, self.spec.config("predictor").plan().attend).values():
-            inner: Attend = module.attend if ring is None else Ring(ring, context.of_ring)
-            module.attend = inner if ulysses is None else Ulysses(ulysses, context.of_ulysses, inner)
+        for name, module in matching(predictor, self.spec.config("predictor").plan().attend).items():
+            inner: Attend = module.attend if ring is None else Ring(ring, context.of_ring, name)
+            if ulysses is not None:
+                inner = Ulysses(ulysses, context.of_ulysses, inner, name)
+            module.attend = inner
         return self._averaging(parts)
 
     def _averaging(self, parts: Parts) -> Parts:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
+from cvx_core.errors import CvxError
 from cvx_core.interfaces import Tokens
 from cvx_parallel.ring import Ring
 from cvx_parallel.tokens import Context
@@ -109,8 +110,8 @@ def _compare_attention(small, text, video, heads):
 @pytest.mark.parametrize(("ring", "ulysses"), [(1, 2), (2, 1)], ids=["ulysses", "ring"])
 def test_masks_and_other_tokens_are_refused(ring, ulysses):
     for masked, shorter in on_ranks(2, _refusals, ring, ulysses):
-        assert "mask (5, 5), but with `cp`" in masked
-        assert "got 5 tokens where 6 entered" in shorter
+        assert "attention: got a mask [5, 5], but with `cp`" in masked
+        assert "attention: got queries [1, 2, 5, 8] of 5 tokens where 6 entered" in shorter
 
 
 def _refusals(ring, ulysses):
@@ -118,7 +119,7 @@ def _refusals(ring, ulysses):
     x, found = torch.zeros(1, 2, 5, 8), []
     for video, mask in ((6, torch.ones(5, 5, dtype=torch.bool)), (8, None)):
         small.enter(2, video)
-        with pytest.raises(ValueError) as raised:
+        with pytest.raises(CvxError) as raised:
             small.attend(x, x, x, mask)
         found.append(str(raised.value))
     return found
