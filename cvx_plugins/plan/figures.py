@@ -9,7 +9,7 @@ from typing import Any
 
 from cvx_core.spec import Spec
 from cvx_parallel.pipeline import actions
-from cvx_plugins.plan.exchange import Weights, moved
+from cvx_plugins.plan.exchange import moved
 from cvx_plugins.plan.layout import KNOWN, Layout
 from cvx_plugins.plan.passes import Pass, Passes, Sample
 
@@ -38,6 +38,21 @@ class Figures:
     peak: int
     exchange: Mapping[str, int]
     flops: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a stage's parameters before FSDP cuts them. units: of each block, the rest last.
+
+    gathered: those that FSDP shares out, in the precision of the computation; trained: gradients of all that
+    is trained, ignored: of those among them that FSDP leaves alone.
+    """
+
+    units: tuple[int, ...]
+    gathered: int
+    trained: int
+    ignored: int
+    trained_units: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,7 @@ def _stage(passes: Passes, sample: Sample, place: int) -> Figures:
         encoders=sample.encoder_bytes,
         encoding=sample.encoding.peak,
         peak=max(training, kept + sample.encoder_bytes + sample.encoding.peak),
-        exchange=moved(passes, place, weights, rows, microbatches),
+        exchange=moved(passes, rank),
         flops=flops * layout.spec.config("task").accumulate,
     )
 
@@ -133,7 +148,6 @@ def weights_of(passes: Passes, place: int) -> Weights:
         gathered=sum(units.values()),
         trained=sum(count[name] for name in trained) * wide,
         ignored=sum(count[name] for name in trained if not layout.is_sharded(name)) * wide,
-        replicated=sum(count[name] for name in trained if not layout.is_tp(name)) * wide,
         trained_units=tuple(trained_units.values()),
     )
 
@@ -195,7 +209,7 @@ def _seconds(passes: Passes, sample: Sample, stages: tuple[Figures, ...]) -> Map
     layout, config = passes.layout, passes.layout.spec.config("task")
     bandwidth = config.bandwidth_gb * 1e9
     computing = max(stage.flops for stage in stages) / (config.flops * 1e12)
-    inside = max(sum(n for axis, n in s.exchange.items() if axis != "data") for s in stages) / bandwidth
+    inside = max(sum(s.exchange.get(axis, 0) for axis in ("tp", "cp", "pp")) for s in stages) / bandwidth
     microbatches, _ = divided(layout)
     virtual = len(layout.stages) / layout.size("pp")
     gaps = (layout.size("pp") - 1) / virtual / microbatches * (computing + inside)
@@ -203,6 +217,7 @@ def _seconds(passes: Passes, sample: Sample, stages: tuple[Figures, ...]) -> Map
     encoding = sample.encoding.flops * layout.spec.loader.batch * config.accumulate / (config.flops * 1e12)
     names = {"encoder-dp", "vae-cp"} & set(layout.strategies)
     encoding /= layout.size("model") if names else 1
+    encoding += max(stage.exchange.get("chunks", 0) for stage in stages) / bandwidth
     parts = {
         "computing": computing,
         "exchange": inside,

@@ -130,6 +130,10 @@ class Layout:
         """Tell whether tp shares out a parameter."""
         return name in self._tp_dims
 
+    def tp_dim(self, name: str) -> int:
+        """Return the dim that tp shares out."""
+        return self._tp_dims[name]
+
     def unit(self, name: str) -> str:
         """Return the block that a parameter is gathered with, "" for those outside."""
         inside = f"{self.plan.blocks}."

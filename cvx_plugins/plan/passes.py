@@ -39,7 +39,7 @@ class Passes:
     """Bytes that the predictor keeps from its first call on, such as tables of positions."""
 
     def __init__(self, layout: Layout, sample: Sample):
-        self.layout, self._sample = layout, sample
+        self.layout, self.sample = layout, sample
         zero = layout.strategies.get("layerzero")
         self.dtype: torch.dtype = getattr(torch, getattr(zero, "param_dtype", None) or "", layout.dtype)
         self._predictor, _ = predictor_of(layout.spec, self.dtype)
@@ -92,7 +92,7 @@ class Passes:
     def _forward(self, names: Sequence[str], first: bool, last: bool, rows: int) -> list[Tensor]:
         """Return what a stage passes on, or the loss."""
         predictor = self._predictor
-        latent, condition = self._sample.latent(rows, self.dtype)
+        latent, condition = self.sample.latent(rows, self.dtype)
         if first:
             tokens = predictor.split(predictor.embed(latent, _timestep(rows), condition))
         else:
@@ -156,6 +156,18 @@ class Sample:
         return latent, Condition(text, torch.ones(rows, length, dtype=torch.bool, device="meta"), image)
 
     @property
+    def autoencoder(self) -> Any:
+        """The autoencoder on meta; None where the recipe has none."""
+        return self._modules.get("autoencoder")
+
+    @property
+    def clips(self) -> list[tuple[int, ...]]:
+        """Shapes (1,3,F,H,W) of what is encoded of a row: its video, and its first frame if given."""
+        video = self._spec.video
+        frames = [video.frames] if self._spec.card.image_latent == "none" else [video.frames, 1]
+        return [(1, 3, count, video.height, video.width) for count in frames]
+
+    @property
     def encoder_bytes(self) -> int:
         """Bytes of the parameters of both encoders."""
         return sum(p.nbytes for module in self._modules.values() for p in module.parameters())
@@ -163,11 +175,9 @@ class Sample:
     @cached_property
     def encoding(self) -> Pass:
         """What encoding the video of one row takes: nothing is kept."""
-        module: Any = self._modules.get("autoencoder")
-        if module is None:
+        if self.autoencoder is None:
             return Pass(0, 0, 0)
-        video, live = self._spec.video, Live()
+        live = Live()
         with torch.no_grad(), live:
-            shape = (1, 3, video.frames, video.height, video.width)
-            module.moments(torch.empty(shape, dtype=self._dtype, device="meta"))
+            self.autoencoder.moments(torch.empty(self.clips[0], dtype=self._dtype, device="meta"))
         return Pass(0, live.peak, live.flops)

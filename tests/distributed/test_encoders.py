@@ -20,6 +20,7 @@ from cvx_core.spec import resolve
 from cvx_parallel.causal_conv import CausalConv3d
 from cvx_parallel.chunks import portions
 from cvx_plugins.parallel.borrowing import samples_and_chunks
+from tests.distributed.counting import counted
 from tests.distributed.harness import on_ranks
 from tests.distributed.matrix import recipe
 
@@ -83,15 +84,10 @@ def handed_on(frames: int) -> tuple[int, int]:
     """Return the bytes of halos that this rank sends to encode a clip, and those of one halo of each kind."""
     from cvx_plugins.parallel.vae_cp import spread
 
-    module, sent, start = autoencoder({}), [], dist.batch_isend_irecv
-
-    def counted(ops: list[dist.P2POp]) -> list[Any]:
-        sent.extend(op.tensor.nbytes for op in ops if op.op is dist.isend)
-        return start(ops)
-
+    module = autoencoder({})
     spread(module, dist.group.WORLD)
-    dist.batch_isend_irecv = counted
-    module.moments(torch.zeros(1, 3, frames, 8, 16))
+    with counted() as sent:
+        module.moments(torch.zeros(1, 3, frames, 8, 16))
     convs = [conv for conv in module.encoder.modules() if isinstance(conv, CausalConv3d)]
     one: list[int] = []
     for conv in convs:
@@ -100,7 +96,7 @@ def handed_on(frames: int) -> tuple[int, int]:
         )
     module.chunks, module.gather = range, lambda outputs, count: outputs
     module.moments(torch.zeros(1, 3, 8, 8, 16))
-    return sum(sent), sum(one)
+    return sum(item.size for item in sent if item.kind == "send"), sum(one)
 
 
 @pytest.mark.parametrize(("world", "frames", "chunks"), [(2, 33, 4), (4, 17, 2), (2, 8, 1)])

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
@@ -20,16 +17,11 @@ from cvx_core.recipe import parse
 from cvx_parallel.gradients import clip
 from cvx_parallel.sliced import state_bytes
 from tests.distributed import matrix
+from tests.distributed.counting import counted
 from tests.distributed.harness import on_ranks
 from tests.distributed.matrix import compare_all, recipe
 
 LAYERZERO = {"use": "layerzero", "zero3_size": 2}
-COLLECTIVES = (
-    "all_gather_into_tensor",
-    "all_gather_single",
-    "reduce_scatter_tensor",
-    "reduce_scatter_single",
-)
 
 
 def test_alone():
@@ -37,41 +29,6 @@ def test_alone():
     without_groups = {**LAYERZERO, "zero3_size": 1, "forward_prefetch": False}
     cases = [("1.0-t2v", [LAYERZERO]), ("1.5-i2v", [ignoring]), ("2b", [without_groups])]
     compare_all(cases, world=4, layers=2)
-
-
-class Sent(NamedTuple):
-    """One collective. size: bytes of what all of its ranks have in the end."""
-
-    kind: str
-    size: int
-    ranks: tuple[int, ...]
-
-
-@contextmanager
-def counted() -> Iterator[list[Sent]]:
-    """Note every collective that torch's engines and ours issue."""
-    sent: list[Sent] = []
-    before = {
-        name: getattr(dist, name) for name in (*COLLECTIVES, "all_reduce", "broadcast") if hasattr(dist, name)
-    }
-
-    def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def issue(*args: Any, **kwargs: Any) -> Any:
-            tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
-            ranks = tuple(dist.get_process_group_ranks(kwargs.get("group") or dist.group.WORLD))
-            kind = name.removesuffix("_single").removesuffix("_into_tensor").removesuffix("_tensor")
-            sent.append(Sent(kind, max(tensor.nbytes for tensor in tensors), ranks))
-            return call(*args, **kwargs)
-
-        return issue
-
-    for name, call in before.items():
-        setattr(dist, name, counting(name, call))
-    try:
-        yield sent
-    finally:
-        for name, call in before.items():
-            setattr(dist, name, call)
 
 
 def made(text: str) -> tuple[Parts, Any, list[tuple[str, torch.Tensor]], torch.optim.Optimizer]:

@@ -60,9 +60,9 @@ def test_a_pipeline_keeps_more_microbatches_where_it_begins():
 
 def test_what_is_sent_for_parameters():
     def sent(*parallel, **task):
-        return planned(plan_of(list(parallel), 4, task=task)).stages[0].exchange["data"]
+        return planned(plan_of(list(parallel), 4, task=task, temb_dim=20)).stages[0].exchange["data"]
 
-    whole = planned(plan_of([{"use": "ddp"}], 4)).stages[0].gradients
+    whole = planned(plan_of([{"use": "ddp"}], 4, temb_dim=20)).stages[0].gradients
     share = whole * 3 / 4
     assert sent({"use": "ddp"}) == 2 * share
     assert sent({"use": "zero1"}) == 3 * share
