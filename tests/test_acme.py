@@ -1,4 +1,4 @@
-"""A third-party package, installed from outside the tree: listed, conforming, and training with a recipe."""
+"""Third-party packages, installed from outside the tree: listed, conforming, and training with a recipe."""
 
 import os
 import subprocess
@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+KINDS = {"acme-wavedit": "predictor", "acme-hsdp": "strategy"}
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Install the example into a folder of its own; return the environment that finds it."""
-    target = tmp_path_factory.mktemp("site")
-    source = tmp_path_factory.mktemp("source") / "acme"
-    subprocess.run(["cp", "-r", str(ROOT / "examples/acme-wavedit"), str(source)], check=True)
+    """Install the examples into a folder of their own; return what finds them, and their sources."""
+    target, source = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("source")
+    for name in KINDS:
+        subprocess.run(["cp", "-r", str(ROOT / "examples" / name), str(source / name)], check=True)
     pip = [
         sys.executable,
         "-m",
@@ -26,7 +27,7 @@ def installed(tmp_path_factory):
         "--no-build-isolation",
         "--no-index",
     ]
-    subprocess.run([*pip, "--target", str(target), str(source)], check=True)
+    subprocess.run([*pip, "--target", str(target), *(str(source / name) for name in KINDS)], check=True)
     return {**os.environ, "PYTHONPATH": str(target)}, source
 
 
@@ -38,21 +39,32 @@ def python(installed, *args, cwd):
     return done.stdout
 
 
-def test_it_is_listed_with_its_package(installed, tmp_path):
-    out = python(installed, "-m", "cvx_core.run", "--list", "predictor", cwd=tmp_path)
-    [line] = [line for line in out.splitlines() if "acme-wavedit" in line]
-    assert line.split()[:3] == ["predictor", "acme-wavedit", "acme-wavedit"]
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
+def test_it_is_listed_with_its_package(installed, tmp_path, name, kind):
+    out = python(installed, "-m", "cvx_core.run", "--list", kind, cwd=tmp_path)
+    [line] = [line for line in out.splitlines() if name in line]
+    assert line.split()[:3] == [kind, name, name]
 
 
-def test_it_passes_the_conformance_kits(installed, tmp_path):
-    out = python(
-        installed, "-m", "pytest", str(installed[1] / "tests"), "-p", "no:cacheprovider", cwd=tmp_path
-    )
+@pytest.mark.parametrize("name", ["acme-wavedit", pytest.param("acme-hsdp", marks=pytest.mark.slow)])
+def test_it_passes_the_conformance_kits(installed, tmp_path, name):
+    tests = str(installed[1] / name / "tests")
+    out = python(installed, "-m", "pytest", tests, "-p", "no:cacheprovider", cwd=tmp_path)
     assert " passed" in out
 
 
-def test_it_trains_with_a_recipe(installed, tmp_path):
-    recipe = str(installed[1] / "train.yaml")
+def test_a_predictor_trains_with_a_recipe(installed, tmp_path):
+    recipe = str(installed[1] / "acme-wavedit/train.yaml")
     python(installed, "-m", "cvx_core.run", recipe, "--set", f"output={tmp_path}", cwd=tmp_path)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
+    assert (tmp_path / "model/transformer/config.json").exists()
+
+
+@pytest.mark.slow
+def test_a_strategy_trains_with_a_recipe_on_several_processes(installed, tmp_path):
+    recipe = str(installed[1] / "acme-hsdp/train.yaml")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
+    out = ("--set", f"output={tmp_path}")
+    python(installed, *launch, "-m", "cvx_core.run", recipe, *out, cwd=tmp_path)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
     assert (tmp_path / "model/transformer/config.json").exists()

@@ -84,6 +84,16 @@ def test_the_recipe_in_the_docs_is_the_shipped_one():
     assert yaml.safe_load(text).items() <= shipped.items()
 
 
+def test_the_strategy_in_the_docs_is_the_example():
+    chapter = (ROOT / "docs/plugins.md").read_text().partition("## Writing a strategy")[2]
+    shown = re.findall(r"```python\n(.*?)```", chapter, re.S)
+    files = ("acme_hsdp.py", "tests/test_conformance.py")
+    source = "\n".join((ROOT / "examples/acme-hsdp" / file).read_text() for file in files)
+    assert len(shown) == 3
+    for text in shown:
+        assert text in source
+
+
 @pytest.mark.parametrize("text", blocks("sh"))
 def test_every_command_in_the_docs_exists(text):
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
