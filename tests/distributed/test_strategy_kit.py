@@ -6,17 +6,16 @@ from cvx_core.testing import strategy
 
 TP = ({"use": "tp", "size": 2},)
 
-test_zero3 = strategy.suite("zero3", size=2)
-
-test_others = (
-    strategy.suite("tp", size=2, sequence=True)
+test_ours = (
+    strategy.suite("zero3", size=2)
+    + strategy.suite("tp", size=2, sequence=True)
     + strategy.suite("cp", ring=2)
     + strategy.suite("pp", size=2)
     + strategy.suite("layerzero", zero3_size=2, ignored_modules=("patch_embed",))
     + strategy.suite("interleave", world=1, rounds=2)
     + strategy.suite("recompute", world=1)
 )
-test_others.pytestmark.append(pytest.mark.slow.mark)
+test_ours.pytestmark.append(pytest.mark.slow.mark)
 
 # These differ little from those above, or are compared with one process elsewhere.
 test_the_rest = (
