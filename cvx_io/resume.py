@@ -42,12 +42,14 @@ def save(
     record: Mapping[str, Any],
     keep: int,
     mesh: Mesh | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write a checkpoint of `state` (nested dicts of tensors and numbers) and drop all but the newest `keep`.
 
     record: small JSON facts kept in the manifest. A killed save leaves nothing that `complete` returns; what
     it leaves goes with the next save.
     With a mesh of several ranks all of them call this; each writes what it holds, the first the manifest.
+    group: of all ranks, to agree in; torch's default one by default.
     """
     path = folder / f"step-{step:08d}"
     alone = mesh is None or mesh.degrees.world == 1
@@ -57,16 +59,16 @@ def save(
     context = atomic_folder(path, MANIFEST) if first else nullcontext()
     with context as made, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that no process group is there
-        partial = _agreed(made, alone)
-        dcp.save(dict(state), checkpoint_id=partial, no_dist=alone)
+        partial = _agreed(made, alone, group)
+        dcp.save(dict(state), checkpoint_id=partial, process_group=group, no_dist=alone)
         if first:
             files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
             manifest = {"step": step, "files": files, **record}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for old in complete(folder)[:-keep] if first else ():
         shutil.rmtree(old)
-    if mesh is not None:
-        mesh.barrier()
+    if not alone:
+        dist.barrier(group)
     return path
 
 
@@ -78,13 +80,13 @@ def _clear(folder: Path, path: Path) -> None:
             shutil.rmtree(item) if item.is_dir() else item.unlink()
 
 
-def _agreed(partial: Path | None, alone: bool) -> Path:
+def _agreed(partial: Path | None, alone: bool, group: dist.ProcessGroup | None) -> Path:
     """Return the folder that the first rank made."""
     if alone:
         assert partial is not None
         return partial
     told = [partial]
-    dist.broadcast_object_list(told, src=0)
+    dist.broadcast_object_list(told, src=0, group=group)
     assert told[0] is not None
     return told[0]
 

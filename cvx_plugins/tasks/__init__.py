@@ -45,6 +45,8 @@ class LoopConfig(TaskConfig):
     """Steps between checkpoints; null saves at the end only."""
     keep: Positive = 2
     """Newest checkpoints that are kept."""
+    async_save: bool = False
+    """Write checkpoints while the steps go on, from a copy in host memory (as much again as the state)."""
     resume: Literal["none", "auto"] | InputPath = "none"
     """`auto`: go on from the newest complete checkpoint in the output folder, if any; or the path of one."""
     tensorboard: bool = True

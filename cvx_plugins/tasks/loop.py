@@ -27,6 +27,7 @@ from cvx_io.atomic import write_json, write_text
 from cvx_io.loader import Cursor, Loader
 from cvx_io.log import RunLog
 from cvx_io.progress import progress
+from cvx_io.saver import Saver
 from cvx_parallel.gradients import clip
 from cvx_plugins.tasks import LoopConfig
 from cvx_plugins.tasks.schedule import lr_scale
@@ -66,9 +67,11 @@ class Loop:
         )
         stream = encode(works) if encode is not None else works
         saved = step
-        with progress("train", last, step) as bar, _stop_requested() as stopping:
+        saver = Saver(self._folder, config.keep, self._mesh, config.async_save)
+        with progress("train", last, step) as bar, _stop_requested() as stopping, saver:
             while step < last and not self._agreed(stopping()):
                 began = time.perf_counter()
+                saver.check()
                 cursor, loss, rows = self._accumulate(stream, step, step_function, loader)
                 norm = self._update(step)
                 step += 1
@@ -78,10 +81,10 @@ class Loop:
                         records.write(step, exact, self._speed(began, len(rows)))
                 bar.step(f"loss {loss:.4f}")
                 if config.save_every is not None and step % config.save_every == 0:
-                    saved = self._save(step, cursor, loader)
-        if saved != step:
-            self._save(step, cursor, loader)
-        self._mark("")
+                    saved = self._save(saver, step, cursor, loader)
+            if saved != step:
+                self._save(saver, step, cursor, loader)
+            self._mark("")
         if records is not None:
             records.close()
         return step == config.steps
@@ -185,7 +188,7 @@ class Loop:
             "peak_memory_gb": devices.peak_memory(self._device) / 1e9,
         }
 
-    def _save(self, step: int, cursor: Cursor, loader: Loader) -> int:
+    def _save(self, saver: Saver, step: int, cursor: Cursor, loader: Loader) -> int:
         self._mark(f"saving step {step}")
         model, optimizer = get_state_dict(self._module, self._optimizer, options=_FLAT)
         record = {
@@ -194,9 +197,7 @@ class Loop:
             "recipe": self._spec.resolved,
             "digest": self._spec.digest,
         }
-        state = {"model": model, "optimizer": optimizer}
-        path = resume.save(self._folder, step, state, record, self._config.keep, self._mesh)
-        log.info("saved %s", path)
+        saver.save(step, {"model": model, "optimizer": optimizer}, record)
         return step
 
     def _resume(self, loader: Loader) -> tuple[int, Cursor]:

@@ -112,18 +112,24 @@ def undisturbed(argv, tmp_path_factory) -> dict[int, list[dict]]:
 
 
 @pytest.mark.parametrize(
-    ("world", "rank", "point"),
+    ("world", "rank", "point", "beside"),
     [
-        (1, 0, "rename"),
-        (2, 0, "begin"),
-        (2, 1, "written"),
-        pytest.param(1, 0, "written", marks=pytest.mark.slow),
-        pytest.param(2, 0, "rename", marks=pytest.mark.slow),
-        pytest.param(2, 1, "begin", marks=pytest.mark.slow),
+        (1, 0, "rename", False),
+        (1, 0, "written", True),
+        (2, 0, "begin", False),
+        (2, 1, "written", True),
+        pytest.param(1, 0, "written", False, marks=pytest.mark.slow),
+        pytest.param(1, 0, "rename", True, marks=pytest.mark.slow),
+        pytest.param(2, 1, "written", False, marks=pytest.mark.slow),
+        pytest.param(2, 0, "rename", False, marks=pytest.mark.slow),
+        pytest.param(2, 0, "rename", True, marks=pytest.mark.slow),
+        pytest.param(2, 1, "begin", False, marks=pytest.mark.slow),
     ],
 )
-def test_goes_on_from_the_save_before(world, rank, point, argv, undisturbed, tmp_path):
-    arguments = argv(tmp_path, *([ZERO3] if world > 1 else []))
+def test_goes_on_from_the_save_before(world, rank, point, beside, argv, undisturbed, tmp_path):
+    """beside: saves are written while the steps go on."""
+    settings = [f"task.async_save={str(beside).lower()}", *([ZERO3] if world > 1 else [])]
+    arguments = argv(tmp_path, *settings)
     with pytest.raises(AssertionError, match=f"rank {rank}:\nended without a result"):
         on_ranks(world, go_and_die, arguments, rank, point)
     checkpoints = tmp_path / "checkpoints"
