@@ -65,7 +65,7 @@ class Model:
         source = self.sat()
         with torch_archive(file, source.index, wrap=lambda state: {"module": state}) as archive:
             for name, tensor in source.read():
-                archive.write(name, tensor)
+                archive.write(name, [tensor])
         (folder / "latest").write_text("1", encoding="utf-8")
         return file
 

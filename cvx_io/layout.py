@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from cvx_core.errors import FormatError
 from cvx_core.interfaces import TensorInfo, Tensors
+from cvx_io.pieces import ByPieces, rows, side_by_side
 from cvx_io.regroup import listed
 from cvx_io.rename import Names, Split
 
@@ -42,15 +43,16 @@ def split_info(name: str, info: TensorInfo, how: Split | None, parts: int, world
     return TensorInfo(tuple(shape), info.dtype)
 
 
-def split(tensor: Tensor, how: Split | None, parts: int, rank: int, world: int) -> list[Tensor]:
-    """Return a rank's part of a tensor that divides, as views of it that follow each other along dim 0."""
+def split(pieces: Sequence[Tensor], how: Split | None, parts: int, rank: int, world: int) -> list[Tensor]:
+    """Return the pieces of a rank's part of a tensor that divides, as views of the tensor's pieces."""
     if how is None or world == 1:
-        return [tensor]
+        return list(pieces)
     if how == "row":
-        return [tensor.chunk(world, dim=1)[rank]]
-    if how == "column":
-        return [tensor.chunk(world)[rank]]
-    return [part.chunk(world)[rank] for part in tensor.chunk(parts)]
+        return [piece.chunk(world, dim=1)[rank] for piece in pieces]
+    count = parts if how == "per_part" else 1
+    length = sum(map(len, pieces)) // (count * world)
+    begins = [(part * world + rank) * length for part in range(count)]
+    return [piece for begin in begins for piece in rows(pieces, begin, begin + length)]
 
 
 def join_info(info: TensorInfo, how: Split | None, world: int) -> TensorInfo:
@@ -62,16 +64,17 @@ def join_info(info: TensorInfo, how: Split | None, world: int) -> TensorInfo:
     return TensorInfo(tuple(shape), info.dtype)
 
 
-def join(shards: Sequence[Tensor], how: Split | None, parts: int) -> Tensor:
-    """Return the whole of the ranks' parts; of replicas the first."""
+def join(shards: Sequence[Tensor], how: Split | None, parts: int) -> Iterator[Tensor]:
+    """Yield the pieces of the whole of the ranks' parts; of replicas the first."""
     if how is None or len(shards) == 1:
-        return shards[0]
-    import torch
-
-    if how != "per_part":
-        return torch.cat(list(shards), dim=1 if how == "row" else 0)
-    by_part = zip(*(shard.chunk(parts) for shard in shards), strict=True)
-    return torch.cat([piece for pieces in by_part for piece in pieces])
+        yield shards[0]
+    elif how == "row":
+        yield from side_by_side(shards)
+    elif how == "column":
+        yield from shards
+    else:
+        for by_rank in zip(*(shard.chunk(parts) for shard in shards), strict=True):
+            yield from by_rank
 
 
 def assemble(grid: Grid, names: Names, where: str, replicas_must_agree: bool = True) -> Tensors:
@@ -96,7 +99,8 @@ def assemble(grid: Grid, names: Names, where: str, replicas_must_agree: bool = T
             joined[renamed] = _Joined(renamed, shards, *_how(renamed, shards, stage[0], names), [], where)
         first_block += blocks
     index = {name: item.info for name, item in joined.items()}
-    return Tensors(index, lambda name: joined[name].load(replicas_must_agree), dropped)
+    load = ByPieces(index, lambda name: joined[name].pieces(replicas_must_agree))
+    return Tensors(index, load, dropped)
 
 
 @dataclass
@@ -112,7 +116,7 @@ class _Joined:
     def info(self) -> TensorInfo:
         return join_info(self.shards[0].info, self.how, len(self.shards))
 
-    def load(self, must_agree: bool) -> Tensor:
+    def pieces(self, must_agree: bool) -> Iterator[Tensor]:
         if self.how is None and must_agree:
             self._compare([*self.shards[1:], *self.copies])
         shards = self.shards if self.how is not None else self.shards[:1]

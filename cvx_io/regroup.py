@@ -6,12 +6,14 @@ Names tables make the steps (see rename.py); importing this module does not impo
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cvx_core.errors import FormatError
 from cvx_core.interfaces import TensorInfo, Tensors
+from cvx_io.pieces import ByPieces, pieces, rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,17 +48,18 @@ class Step:
         ((rows, *rest), dtype) = pieces.pop()
         return {name: TensorInfo((rows * len(own), *rest), dtype) for name, own in self.targets.items()}
 
-    def make(self, target: str, sources: Mapping[str, Tensor]) -> Tensor:
-        """Return one target: a view of a source where it is one run of rows, else a copy."""
+    def make(
+        self, target: str, source: Callable[[str], Iterable[Tensor]], index: Mapping[str, TensorInfo]
+    ) -> Iterator[Tensor]:
+        """Yield the pieces of one target. source: gives those of a source; index: sources' shapes."""
         if self.parts == 1:
-            return next(iter(sources.values()))
-        import torch
-
-        pieces: dict[int, Tensor] = {}
-        for name, own in self.sources.items():
-            pieces.update(zip(own, sources[name].tensor_split(len(own)), strict=True))
-        own = self.targets[target]
-        return pieces[own[0]] if len(own) == 1 else torch.cat([pieces[part] for part in own])
+            yield from source(self.key)
+            return
+        place = {part: (name, nth) for name, own in self.sources.items() for nth, part in enumerate(own)}
+        for part in self.targets[target]:
+            name, nth = place[part]
+            length = index[name].shape[0] // len(self.sources[name])
+            yield from rows(source(name), nth * length, (nth + 1) * length)
 
     def needed(self, target: str) -> list[str]:
         """Return the sources that a target takes parts of."""
@@ -84,28 +87,27 @@ class Renaming:
     def tensors(self, source: Tensors) -> Tensors:
         """Return the targets; each is made of its sources when it is loaded.
 
-        The sources of the last target are kept, for the next target often needs the same.
+        Sources that several targets take parts of are kept until a target of others is loaded.
         """
         owner = {target: step for step in self.steps for target in step.targets}
-        held: dict[str, Tensor] = {}
+        held: dict[str, list[Tensor]] = {}
 
-        def load(target: str) -> Tensor:
+        def kept(name: str) -> list[Tensor]:
+            if name not in held:
+                held[name] = list(pieces(source, name))
+            return held[name]
+
+        def make(target: str) -> Iterator[Tensor]:
             step = owner[target]
             for name in [name for name in held if name not in step.sources]:
                 del held[name]
-            for name in step.sources:
-                if name not in held:
-                    held[name] = source.load(name)
-            return step.make(target, held)
+            once = len(step.targets) == 1
+            yield from step.make(target, partial(pieces, source) if once else kept, source.index)
 
         origins = {target: step.needed(target) for target, step in owner.items()}
         dropped = {**source.dropped, **self.dropped}
-        return Tensors(self.index(source.index), load, dropped, origins, source.facts)
-
-
-def describe(tensor: Tensor) -> TensorInfo:
-    """Return a tensor's shape and dtype name."""
-    return TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        index = self.index(source.index)
+        return Tensors(index, ByPieces(index, make), dropped, origins, source.facts)
 
 
 def at(where: str) -> str:

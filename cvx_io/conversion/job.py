@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,10 +30,11 @@ from cvx_io.conversion.report import End, Report
 from cvx_io.conversion.request import Request, configured, naming
 from cvx_io.conversion.verify import verify
 from cvx_io.lora import ALPHA, compare
+from cvx_io.pieces import ByPieces, pieces
 from cvx_io.progress import progress, size_text
 from cvx_io.regroup import listed
 from cvx_io.rename import Names
-from cvx_io.tensors.dtypes import is_float, num_bytes
+from cvx_io.tensors.dtypes import is_float
 
 REPORT = "conversion.json"
 FLOATS = ("float", "bfloat")
@@ -219,14 +220,14 @@ def arranged(
     made = {name: computed[name]().to(_torch_dtype(dtype)) for name in missing}
     index |= {name: TensorInfo(tuple(tensor.shape), dtype) for name, tensor in made.items()}
 
-    def load(name: str) -> Any:
-        return made[name] if name in made else found.load(source_of[name])
+    def make(name: str) -> Iterable[Any]:
+        return [made[name]] if name in made else pieces(found, source_of[name])
 
     invented = dict.fromkeys(
         missing, "computed from the model's sizes; the target's own loader insists on it"
     )
     origins = {target: found.origins.get(name, (name,)) for target, name in source_of.items()}
-    return Tensors(index, load, origins=origins), dropped, invented
+    return Tensors(index, ByPieces(index, make), origins=origins), dropped, invented
 
 
 def built(model: Model) -> Any:
@@ -303,12 +304,12 @@ def _cast(tensors: Tensors, dtype: str | None) -> tuple[Tensors, dict[str, int]]
     }
     index = {**tensors.index, **{name: TensorInfo(tensors.index[name].shape, dtype) for name in changing}}
 
-    def load(name: str) -> Any:
-        tensor = tensors.load(name)
-        return tensor.to(_torch_dtype(dtype)) if name in changing else tensor
+    def make(name: str) -> Iterator[Any]:
+        for piece in pieces(tensors, name):
+            yield piece.to(_torch_dtype(dtype)) if name in changing else piece
 
     counts = Counter(f"{old} -> {dtype}" for old in changing.values())
-    return replace(tensors, index=index, load=load), dict(counts)
+    return replace(tensors, index=index, load=ByPieces(index, make)), dict(counts)
 
 
 def _torch_dtype(name: str) -> Any:
@@ -318,12 +319,12 @@ def _torch_dtype(name: str) -> Any:
 
 
 def _watched(tensors: Tensors, bar: Any) -> Tensors:
-    def load(name: str) -> Any:
-        tensor = tensors.load(name)
-        bar.step(by=num_bytes(tensors.index[name]))
-        return tensor
+    def make(name: str) -> Iterator[Any]:
+        for piece in pieces(tensors, name):
+            bar.step(by=piece.nbytes)
+            yield piece
 
-    return replace(tensors, load=load)
+    return replace(tensors, load=ByPieces(tensors.index, make))
 
 
 def check_target(request: Request) -> None:

@@ -12,9 +12,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from cvx_core.interfaces import TensorInfo
+from cvx_io.tensors.behind import WriteBehind, write_behind
 from cvx_io.tensors.dtypes import STORAGES, num_bytes, size_of
 from cvx_io.tensors.write import chunks
 
@@ -31,23 +32,24 @@ _ZIP64_FIELD = 20
 class Archive:
     """An open torch.save file; `write` the tensors in the order of its index."""
 
-    def __init__(self, file: zipfile.ZipFile, stem: str, index: Mapping[str, TensorInfo]):
-        self._zip, self._stem, self._index = file, stem, index
+    def __init__(self, file: WriteBehind, entries: zipfile.ZipFile, index: Mapping[str, TensorInfo]):
+        self._file, self._zip, self._index = file, entries, index
         self._keys = {name: str(key) for key, name in enumerate(index)}
 
-    def write(self, name: str, *pieces: Tensor) -> None:
-        """Write one tensor, given whole or as pieces along dim 0. Raises FormatError where it is another."""
+    def write(self, name: str, pieces: Iterable[Tensor]) -> None:
+        """Write one tensor, given by its pieces along dim 0. Raises FormatError where it is another."""
         info = self._index[name]
-        self._entry(f"data/{self._keys[name]}", num_bytes(info), chunks(name, pieces, info))
+        data = chunks(name, pieces, info, self._file.buffer)
+        self._entry(f"data/{self._keys[name]}", num_bytes(info), data)
 
-    def _file(self, name: str, data: bytes) -> None:
+    def add(self, name: str, data: bytes) -> None:
+        """Write an entry that is no tensor."""
         self._entry(name, len(data), [data])
 
     def _entry(self, name: str, size: int, data: Iterable[Any]) -> None:
-        info = zipfile.ZipInfo(f"{self._stem}/{name}")
-        assert self._zip.fp is not None
+        info = zipfile.ZipInfo(f"{STEM}/{name}")
         large = size >= 2**31
-        begin = self._zip.fp.tell() + 30 + len(info.filename.encode()) + (_ZIP64_FIELD if large else 0)
+        begin = self._file.tell() + 30 + len(info.filename.encode()) + (_ZIP64_FIELD if large else 0)
         padding = -(begin + 4) % ALIGNMENT
         info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding  # as torch.save pads
         with self._zip.open(info, "w", force_zip64=large) as entry:
@@ -62,13 +64,17 @@ def torch_archive(path: Path, index: Mapping[str, TensorInfo], wrap: Any = None)
     wrap: given the mapping {name: tensor}, returns what the file is to hold, in plain containers; the mapping
     alone by default.
     """
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
-        archive = Archive(file, STEM, index)
+    with write_behind(path) as file, _zip(file) as entries:
+        archive = Archive(file, entries, index)
         state = OrderedDict((name, _Slot(str(key), info)) for key, (name, info) in enumerate(index.items()))
-        archive._file("data.pkl", _pickled(wrap(state) if wrap is not None else state))
-        archive._file("byteorder", b"little")
+        archive.add("data.pkl", _pickled(wrap(state) if wrap is not None else state))
+        archive.add("byteorder", b"little")
         yield archive
-        archive._file("version", b"3\n")
+        archive.add("version", b"3\n")
+
+
+def _zip(file: WriteBehind) -> zipfile.ZipFile:
+    return zipfile.ZipFile(cast(IO[bytes], file), "w", zipfile.ZIP_STORED, allowZip64=True)
 
 
 class _Slot:

@@ -11,7 +11,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from cvx_core.errors import FormatError
 from cvx_core.interfaces import TensorInfo, Tensors
-from cvx_io.regroup import describe, listed
+from cvx_io.pieces import describe
+from cvx_io.regroup import listed
 from cvx_io.tensors.archive import ALIGNMENT
 from cvx_io.tensors.dcp_metadata import METADATA, Checkpoint, Chunk, Saved, read_checkpoint
 from cvx_io.tensors.dtypes import SIZES, size_of

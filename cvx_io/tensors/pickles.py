@@ -102,7 +102,7 @@ def _legacy(path: Path) -> Tensors:
     """Read the old format through torch, which holds all of it in memory."""
     import torch
 
-    from cvx_io.regroup import describe
+    from cvx_io.pieces import describe
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cvx_core.errors import FormatError
 from cvx_core.interfaces import TensorInfo, Tensors
-from cvx_io.regroup import describe
+from cvx_io.pieces import checked, pieces
+from cvx_io.tensors.behind import BUFFER_SIZE, Buffer, write_behind
 from cvx_io.tensors.dtypes import num_bytes, size_of
 from cvx_io.tensors.header import make_header
 from cvx_io.tensors.stored import run_of
@@ -34,10 +34,10 @@ def write_file(
     """
     chosen = list(tensors.index if names is None else names)
     order = sorted(chosen, key=lambda name: -size_of(tensors.index[name].dtype))
-    with path.open("wb") as file:
+    with write_behind(path) as file:
         file.write(make_header({name: tensors.index[name] for name in order}, metadata))
         for name in order:
-            for chunk in chunks(name, [tensors.load(name)], tensors.index[name]):
+            for chunk in chunks(name, pieces(tensors, name), tensors.index[name], file.buffer):
                 file.write(chunk)
 
 
@@ -71,24 +71,27 @@ def write_shards(folder: Path, stem: str, tensors: Tensors, limit: int) -> list[
     return [*files, index]
 
 
-def chunks(name: str, tensors: Sequence[Tensor], expected: TensorInfo) -> Iterator[Any]:
-    """Yield the bytes of a tensor, given whole or as pieces along dim 0, as buffers to be used at once.
+def chunks(name: str, found: Iterable[Tensor], expected: TensorInfo, buffer: Buffer) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor, given by its pieces, in the buffers that `buffer` gives.
 
     Raises FormatError where it is not as expected.
     """
+    for piece in checked(name, found, expected):
+        flat = piece.detach().to("cpu")
+        run = run_of(flat)
+        yield from run.chunks(buffer) if run is not None else _copied(flat, buffer)
+
+
+def _copied(piece: Tensor, buffer: Buffer) -> Iterator[memoryview]:
+    """Copy a tensor in memory of any layout, as many rows at a time as fit."""
     import torch
 
-    found = describe(tensors[0])
-    if len(tensors) > 1:
-        rows = sum(len(tensor) for tensor in tensors)
-        found = TensorInfo((rows, *found.shape[1:]), found.dtype)
-    if found != expected:
-        raise FormatError(
-            f"{name!r} is {found}, but its source announced {expected}. Was it changed meanwhile?"
-        )
-    for tensor in tensors:
-        flat = tensor.detach().to("cpu")
-        if (run := run_of(flat)) is not None:
-            yield from run.chunks()
-        else:
-            yield flat.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    row = piece[:1].nbytes if piece.ndim else 0
+    if piece.is_contiguous() or row > BUFFER_SIZE:
+        piece, row = piece.reshape(-1), piece.element_size()
+    if not piece.numel():
+        return
+    for block in piece.split(max(1, BUFFER_SIZE // row)):
+        room = buffer()[: block.nbytes]
+        torch.frombuffer(room, dtype=block.dtype).view(block.shape).copy_(block)
+        yield room

@@ -18,6 +18,7 @@ from cvx_core.interfaces import TensorInfo, Tensors
 from cvx_io.atomic import atomic_file, atomic_folder, read_word
 from cvx_io.layout import Grid, Part, Rank, assemble, split, split_info, stages_of
 from cvx_io.lora import is_lora
+from cvx_io.pieces import pieces
 from cvx_io.regroup import listed
 from cvx_io.rename import IDENTITY, Names, Split
 from cvx_io.tensors.archive import Archive, torch_archive
@@ -99,8 +100,8 @@ class Megatron:
         plan = self._plan(path, tensors, names)
         if path.suffix == ".pt":
             with atomic_file(path) as partial, torch_archive(partial, plan.foreign.index) as archive:
-                for name, tensor in plan.foreign.read():
-                    archive.write(name, tensor)
+                for name in plan.foreign.index:
+                    archive.write(name, pieces(plan.foreign, name))
             return
         iteration = "release" if self.cfg.iteration is None else f"iter_{self.cfg.iteration:07}"
         with atomic_folder(path, manifest=TRACKER, stale=(f"{iteration}/*/{WEIGHTS}",)) as partial:
@@ -144,9 +145,9 @@ class Megatron:
                 folder.mkdir(parents=True)
                 archives.append(stack.enter_context(torch_archive(folder / WEIGHTS, stage.parts, self._wrap)))
             for key, name in stage.wholes.items():
-                tensor = plan.foreign.load(name)
+                whole = list(pieces(plan.foreign, name))
                 for rank, archive in enumerate(archives):
-                    archive.write(key, *split(tensor, *plan.rules[name], rank, len(archives)))
+                    archive.write(key, split(whole, *plan.rules[name], rank, len(archives)))
 
     def _wrap(self, state: Mapping[str, Any]) -> dict[str, Any]:
         chunks: dict[str, dict[str, Any]] = {}

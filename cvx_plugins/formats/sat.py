@@ -15,6 +15,7 @@ from cvx_core import FormatError
 from cvx_core.interfaces import Tensors
 from cvx_io.atomic import atomic_file, atomic_folder, read_word
 from cvx_io.lora import alphas_of, modules, stating, without_alpha
+from cvx_io.pieces import pieces
 from cvx_io.regroup import listed
 from cvx_io.rename import IDENTITY, Names
 from cvx_io.tensors.archive import torch_archive
@@ -145,8 +146,8 @@ def write_state(
 ) -> None:
     """Write one file with tensors under `key`."""
     with torch_archive(path, foreign.index, lambda state: {key: state, **extra}) as archive:
-        for name, tensor in foreign.read():
-            archive.write(name, tensor)
+        for name in foreign.index:
+            archive.write(name, pieces(foreign, name))
 
 
 def _weights_key(tree: Any) -> str | None:

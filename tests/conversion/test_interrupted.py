@@ -87,7 +87,8 @@ def at_tensor(number: int, act: Callable[[], object] = kill) -> Callable[[], Non
     def patch() -> None:
         def fatal(tensors, bar):
             found = watched(tensors, bar)
-            return replace(found, load=instead_of_call(number, act, found.load))
+            make = instead_of_call(number, act, found.load.make)
+            return replace(found, load=replace(found.load, make=make))
 
         job._watched = fatal
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from cvx_core import FormatError
 from cvx_core.interfaces import TensorInfo, Tensors
-from cvx_io.regroup import describe
+from cvx_io.pieces import describe
 from cvx_io.tensors.dcp import open_dcp, write_dcp
 from cvx_io.tensors.dtypes import SIZES
 
