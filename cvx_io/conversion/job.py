@@ -171,6 +171,9 @@ def _adapter_job(request: Request, registry: Registry, source: Component, target
     config = configured(target, request.settings, "--set")
     names = None if is_canonical(target) else registry.table(loras.family(registry, target), target)
     tensors, changed = _cast(opened, request.dtype)
+    written = target.load()(config, None)
+    if hasattr(written, "check"):
+        written.check(request.target, tensors, names)
     report = Report(
         source=End(request.source, source.name, request.source_settings, opened.index),
         target=End(request.target, target.name, request.settings, tensors.index),
@@ -182,7 +185,7 @@ def _adapter_job(request: Request, registry: Registry, source: Component, target
         changed=changed,
         notes=[note],
     )
-    return Job(request, tensors, Model(loras.FAMILY), target.load()(config, None), names, None, report)
+    return Job(request, tensors, Model(loras.FAMILY), written, names, None, report)
 
 
 def arranged(

@@ -48,8 +48,17 @@ class MegatronLora:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a tree. Raises FormatError where alpha / rank differs; MindSpeed-MM has one for all."""
-        table = names or IDENTITY
-        fused = fuse(tensors, table.fused)
+        held, stated = self._plan(path, tensors, names)
+        Megatron(self.cfg, {LORA: stated}).write(path, held, names)
+
+    def check(self, path: Path, tensors: Tensors, names: Names | None = None) -> None:
+        """Raise FormatError where `write` would, before anything is written."""
+        held, _ = self._plan(path, tensors, names)
+        Megatron(self.cfg).check(path, held, names)
+
+    def _plan(self, path: Path, tensors: Tensors, names: Names | None) -> tuple[Tensors, dict[str, float]]:
+        """Return the matrices, and what is stated of them all."""
+        fused = fuse(tensors, (names or IDENTITY).fused)
         shapes, alphas = modules(fused), alphas_of(fused)
         scales = sorted({alphas[module] / shape.rank for module, shape in shapes.items()})
         if len(scales) != 1:
@@ -58,8 +67,7 @@ class MegatronLora:
                 "MindSpeed-MM has one for all. Merge the LoRA into its base with --merge-lora instead."
             )
         rank = max(shape.rank for shape in shapes.values())
-        stated = {"lora_r": rank, "lora_alpha": scales[0] * rank}
-        Megatron(self.cfg, {LORA: stated}).write(path, without_alpha(fused), table)
+        return without_alpha(fused), {"lora_r": rank, "lora_alpha": scales[0] * rank}
 
 
 def megatron_lora_format(cfg: MegatronConfig, _deps: Any) -> MegatronLora:

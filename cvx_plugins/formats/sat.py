@@ -193,15 +193,7 @@ class SATLora(SAT):
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """Write the matrices alone. Raises FormatError where ranks or alphas differ: SAT has one of each."""
-        alphas, ranks = alphas_of(tensors), {shape.rank for shape in modules(tensors).values()}
-        if len(ranks) != 1 or len(set(alphas.values())) != 1:
-            raise FormatError(
-                f"{path}: ranks {sorted(ranks)} and alphas {sorted(set(alphas.values()))}; SAT has one "
-                "of each for all layers. Merge the LoRA into its base with --merge-lora instead."
-            )
-        matrices = without_alpha(tensors)
-        foreign = (names or IDENTITY).write(matrices, str(path))
-        extra = {ALPHA: next(iter(alphas.values()))}
+        foreign, extra = self._plan(path, tensors, names)
         if path.suffix == ".pt":
             with atomic_file(path) as partial:
                 write_state(partial, foreign, "module", extra)
@@ -211,6 +203,21 @@ class SATLora(SAT):
             (partial / tag).mkdir()
             write_state(partial / tag / WEIGHTS, foreign, "module", extra)
             (partial / LATEST).write_text(tag, encoding="utf-8")
+
+    def check(self, path: Path, tensors: Tensors, names: Names | None = None) -> None:
+        """Raise FormatError where `write` would, before anything is written."""
+        self._plan(path, tensors, names)
+
+    def _plan(self, path: Path, tensors: Tensors, names: Names | None) -> tuple[Tensors, dict[str, Any]]:
+        """Return the matrices under the names in the file, and what is stated of them all."""
+        alphas, ranks = alphas_of(tensors), {shape.rank for shape in modules(tensors).values()}
+        if len(ranks) != 1 or len(set(alphas.values())) != 1:
+            raise FormatError(
+                f"{path}: ranks {sorted(ranks)} and alphas {sorted(set(alphas.values()))}; SAT has one "
+                "of each for all layers. Merge the LoRA into its base with --merge-lora instead."
+            )
+        foreign = (names or IDENTITY).write(without_alpha(tensors), str(path))
+        return foreign, {ALPHA: next(iter(alphas.values()))}
 
 
 def sat_lora_format(cfg: SATConfig, _deps: Any) -> SATLora:

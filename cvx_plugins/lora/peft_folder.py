@@ -58,14 +58,22 @@ class Peft:
         self, path: Path, tensors: Tensors, names: Any = None, config: Mapping[str, Any] | None = None
     ) -> None:
         """Write a folder, whole or not at all. Raises FormatError where a module lacks its alpha."""
+        foreign, stated = self._plan(path, tensors)
+        with atomic_folder(path, manifest=CONFIG, stale=["adapter_model*"]) as partial:
+            write_file(partial / FILE, foreign)
+            text = json.dumps(stated, indent=2, sort_keys=True)
+            (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+    def check(self, path: Path, tensors: Tensors, names: Any = None) -> None:
+        """Raise FormatError where `write` would, before anything is written."""
+        self._plan(path, tensors)
+
+    def _plan(self, path: Path, tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+        """Return what the file of weights will hold, and what the config states."""
         if path.suffix == ".safetensors":
             raise FormatError(f"{path}: peft is a folder of two files. Give the path of a folder.")
         tensors = with_alpha(tensors, None, str(path))
-        stated = {**FIXED, **config_of(modules(tensors), alphas_of(tensors))}
-        with atomic_folder(path, manifest=CONFIG, stale=["adapter_model*"]) as partial:
-            write_file(partial / FILE, SPELLING.write(tensors))
-            text = json.dumps(stated, indent=2, sort_keys=True)
-            (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
+        return SPELLING.write(tensors), {**FIXED, **config_of(modules(tensors), alphas_of(tensors))}
 
 
 def peft_folder(_cfg: LoraFileConfig, _deps: Any) -> Peft:

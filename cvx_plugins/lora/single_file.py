@@ -43,13 +43,20 @@ class SingleFile:
         self, path: Path, tensors: Tensors, names: Any = None, config: Mapping[str, Any] | None = None
     ) -> None:
         """Write the file, whole or not at all. Raises FormatError where a module lacks its alpha."""
+        foreign, metadata = self._plan(path, tensors)
+        with atomic_file(path) as partial:
+            write_file(partial, foreign, metadata=metadata)
+
+    def check(self, path: Path, tensors: Tensors, names: Any = None) -> None:
+        """Raise FormatError where `write` would, before anything is written."""
+        self._plan(path, tensors)
+
+    def _plan(self, path: Path, tensors: Tensors) -> tuple[Tensors, Mapping[str, str]]:
+        """Return what the file will hold, and its metadata."""
         if path.suffix != ".safetensors":
             raise FormatError(f"{path}: this layout is one file. Give a path that ends in .safetensors.")
         tensors = with_alpha(tensors, None, str(path))
-        foreign = self.spelling.write(tensors)
-        metadata = METADATA | _network(tensors) if self.network else METADATA
-        with atomic_file(path) as partial:
-            write_file(partial, foreign, metadata=metadata)
+        return self.spelling.write(tensors), METADATA | _network(tensors) if self.network else METADATA
 
 
 def comfyui(_cfg: LoraFileConfig, _deps: Any) -> SingleFile:

@@ -844,9 +844,10 @@ def test_an_option_that_does_not_fit(options, told, made, fails):
         (["--alpha", "1", "--to", "comfyui", "--set", "rank=4"], ["--set rank: 'comfyui' has no such field"]),
     ],
 )
-def test_an_option_that_does_not_fit_a_lora(options, told, made, fails):
+@pytest.mark.parametrize("run", [[], ["--dry-run"]])
+def test_an_option_that_does_not_fit_a_lora(options, told, run, made, fails):
     to = [] if "--to" in options else ["--to", "diffusers-lora"]
-    says(fails(made(LORA), *to, *options), *told)
+    says(fails(made(LORA), *to, *options, *run), *told)
 
 
 def test_a_lora_that_fits_no_layer(made, fails):
