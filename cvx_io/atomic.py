@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -44,23 +45,23 @@ def atomic_folder(path: Path, manifest: str, stale: Sequence[str] = ()) -> Itera
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     last = partial.with_suffix(".manifest")
-    partial.mkdir()
-    try:
-        yield partial
-        (partial / manifest).rename(last)
-        _sync(last)
-        for item in [*partial.rglob("*"), partial]:
-            _sync(item)
-        if path.exists():
-            _move_into(partial, path, manifest, stale)
-        else:
-            partial.rename(path)
-        _sync(path)
-        last.replace(path / manifest)
-        _sync(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        last.unlink(missing_ok=True)
+    with _new_folder(partial):
+        try:
+            yield partial
+            (partial / manifest).rename(last)
+            _sync(last)
+            for item in [*partial.rglob("*"), partial]:
+                _sync(item)
+            if path.exists():
+                _move_into(partial, path, manifest, stale)
+            else:
+                partial.rename(path)
+            _sync(path)
+            last.replace(path / manifest)
+            _sync(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            last.unlink(missing_ok=True)
     _sync(path.parent)
 
 
@@ -76,11 +77,13 @@ def staged(path: Path) -> Iterator[Path]:
     created = _make_parents(path)
     folder = _partial(path)
     try:
-        folder.mkdir()
-        yield folder / path.name
-        if os.path.lexists(path) and not existed:
-            raise FormatError(f"{path}: appeared meanwhile, so it is kept. Is another process writing there?")
-        aside = _swap(folder, path)
+        with _new_folder(folder):
+            yield folder / path.name
+            if os.path.lexists(path) and not existed:
+                raise FormatError(
+                    f"{path}: appeared meanwhile, so it is kept. Is another process writing there?"
+                )
+            aside = _swap(folder, path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in created:
@@ -98,12 +101,29 @@ def is_left_over(path: Path) -> bool:
 
 
 def left_overs(path: Path) -> list[Path]:
-    """Return what killed processes left of writes to `path`; a process that still runs has such files too."""
+    """Return what killed processes left of writes to `path`; see `is_in_use` for that of running ones."""
     if not path.parent.is_dir():
         return []
     start = f".{path.name}."
     beside = (item for item in path.parent.iterdir() if item.name.startswith(start))
     return sorted(item for item in beside if _LEFT_OVER.fullmatch(item.name))
+
+
+def is_in_use(left_over: Path) -> bool:
+    """Tell whether a process may still be writing there: always so of anything but a folder of new files.
+
+    A folder that cannot be locked, as on some network disks, counts as in use.
+    """
+    if left_over.suffix != ".partial" or not left_over.is_dir():
+        return True
+    handle = os.open(left_over, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def write_text(path: Path, text: str) -> None:
@@ -189,6 +209,19 @@ def _remove(path: Path) -> None:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[None]:
+    """Make a folder that is locked meanwhile; the lock goes with the process, however that ends."""
+    path.mkdir()
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network disks have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _sync(path: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,15 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert. Returns 0, or 2 after printing an error that the user can act on, 130 when interrupted."""
+    """Convert. Returns 0, or 2 after printing an error that the user can act on.
+
+    Returns 130 when interrupted, 143 when terminated (SIGTERM); either way nothing is left behind.
+    """
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
-        return _convert(args)
+        with _termination():
+            return _convert(args)
     except CvxError as error:
         print(error, file=sys.stderr)
         return 2
@@ -40,6 +47,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing is left behind", file=sys.stderr)
         return 130
+    except _Terminated:
+        print("terminated; nothing is left behind", file=sys.stderr)
+        return 128 + signal.SIGTERM
+
+
+class _Terminated(BaseException):
+    """SIGTERM, which by itself would end the process without removing what it has written."""
+
+
+@contextmanager
+def _termination() -> Iterator[None]:
+    """Turn the first SIGTERM into _Terminated, and ignore more of them while that is cleaned up after."""
+    if threading.current_thread() is not threading.main_thread():  # others get no signals
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _convert(args: argparse.Namespace) -> int:

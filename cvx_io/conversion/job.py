@@ -15,7 +15,7 @@ from cvx_core.errors import FormatError
 from cvx_core.interfaces import Deps, Format, TensorInfo, Tensors
 from cvx_core.registry import Component, Registry
 from cvx_core.weights import check_index
-from cvx_io.atomic import is_left_over, left_overs, staged, write_json
+from cvx_io.atomic import is_in_use, is_left_over, left_overs, staged, write_json
 from cvx_io.conversion import loras
 from cvx_io.conversion.detect import (
     PICKLES,
@@ -67,6 +67,7 @@ class Job:
         """
         self.check()
         target = self.request.target.resolve()  # where a link leads is replaced, not the link
+        _remove_left(target)
         with naming(self.request), _disk_errors(self.request.target), staged(target) as place:
             try:
                 with progress("convert", self.report.target.size, in_bytes=True) as bar:
@@ -118,10 +119,16 @@ def _check_kind(path: Path, target: Component) -> None:
 
 def _left(target: Path) -> list[str]:
     """Return a note on each thing that an interrupted conversion to the same target left."""
-    aside = f"an interrupted write put aside what was at {target}: {{}}; rename it to have it back"
-    half = "left over from an interrupted write, unless another is still running; remove {}"
-    items = left_overs(target.resolve())
-    return [(aside if item.suffix == ".old" else half).format(item) for item in items]
+    notes = []
+    for item in left_overs(target.resolve()):
+        if item.suffix == ".old":
+            told = f"an interrupted write put aside what was at {target}: {item}; rename it to have it back"
+        elif is_in_use(item):
+            told = f"left over from an interrupted write, unless another is still running; remove {item}"
+        else:
+            told = f"left over from an interrupted write, and removed by the next: {item}"
+        notes.append(told)
+    return notes
 
 
 def _weights_job(request: Request, registry: Registry, source: Component, target: Component) -> Job:
@@ -401,6 +408,13 @@ def check_space(target: Path, size: int) -> None:
 def report_path(target: Path) -> Path:
     """Return where a conversion's report lies: in its folder, or beside its file."""
     return target / REPORT if target.is_dir() else target.with_name(f"{target.name}.{REPORT}")
+
+
+def _remove_left(target: Path) -> None:
+    """Remove what killed conversions to a target had written; never what one put aside."""
+    for item in left_overs(target):
+        if not is_in_use(item):
+            shutil.rmtree(item, ignore_errors=True)
 
 
 @contextmanager

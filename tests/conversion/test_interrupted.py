@@ -149,18 +149,20 @@ def test_after_the_last_rename_all_is_there(way, run, tmp_path, registry):
 
 
 @each_way
-def test_a_conversion_after_a_killed_one_is_complete_and_tells_what_is_left(
+def test_a_conversion_after_a_killed_one_is_complete_and_removes_what_is_left(
     way, run, tmp_path, capsys, registry
 ):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     assert killed(lambda: run(way, folder=tmp_path / "a"), at_rename(renames(way)))
     (left,) = tmp_path.glob("a/.*")
+    told = f"left over from an interrupted write, and removed by the next: {left}"
+    assert run(way, "--dry-run", folder=tmp_path / "a") == 0
+    assert told in capsys.readouterr().out
+    assert left.exists()
     assert run(way, folder=tmp_path / "a") == 0
-    assert f"left over from an interrupted write, unless another is still running; remove {left}" in (
-        capsys.readouterr().out
-    )
-    shutil.rmtree(left)
+    assert told in capsys.readouterr().out
+    assert not left.exists()
     assert run(way, folder=tmp_path / "b") == 0
     assert held(tmp_path / "a") == held(tmp_path / "b")
 
@@ -211,6 +213,34 @@ def test_an_interrupt_leaves_nothing_behind(way, run, tmp_path, monkeypatch, cap
     assert run(way, folder=tmp_path / "new/folder") == 130
     assert list(tmp_path.iterdir()) == []
     assert "nothing is left behind" in capsys.readouterr().err
+
+
+@each_way
+def test_a_termination_leaves_nothing_behind(way, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(job, "_watched", job._watched)
+    handler = signal.getsignal(signal.SIGTERM)
+    at_tensor(12, lambda: os.kill(os.getpid(), signal.SIGTERM))()
+    assert run(way, folder=tmp_path / "new/folder") == 143
+    assert list(tmp_path.iterdir()) == []
+    assert "terminated; nothing is left behind" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_what_a_running_conversion_writes_is_not_removed_by_another(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(job, "_watched", job._watched)
+    seen: list[Path] = []
+
+    def convert_too():
+        monkeypatch.undo()
+        seen.extend(tmp_path.glob(".out.*.partial"))
+        assert run("hf") == 0
+        assert f"unless another is still running; remove {seen[0]}" in capsys.readouterr().out
+        assert seen[0].exists()
+
+    at_tensor(12, convert_too)()
+    assert run("hf", "--dtype", "float16") == 2
+    assert len(seen) == 1
+    assert not seen[0].exists()
 
 
 @pytest.mark.parametrize("way", ["hf", "hf-file"])
