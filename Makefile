@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 CODE := cvx_core cvx_io cvx_parallel cvx_plugins tests benchmarks examples recipes
 
-.PHONY: install demo test test-all check lint bench clean
+.PHONY: install demo test matrix test-all check lint bench clean
 
 install: $(VENV)/installed
 
@@ -28,8 +28,10 @@ demo: install
 test: lint
 	$(BIN)/python -m pytest -m "not matrix"
 
-test-all: lint
-	$(BIN)/python -m pytest
+matrix: install
+	$(BIN)/python -m pytest -m matrix
+
+test-all: test matrix
 
 check: lint
 	$(BIN)/python -m pytest -m "not slow and not matrix"

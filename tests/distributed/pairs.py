@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -82,32 +83,24 @@ class Case:
 
     @property
     def world(self) -> int:
-        result = 1
-        for name in self.all:
-            result *= min(CHOICES[name].ranks, 2) if self._is_crowded else CHOICES[name].ranks
-        return result
+        return math.prod(self.ranks(name) for name in self.all)
 
-    @property
-    def _is_crowded(self) -> bool:
-        return {"layerzero", "cp hybrid"} <= set(self.all)
+    def ranks(self, name: str) -> int:
+        """Return the ranks of one strategy: layerzero beside cp hybrid has one group of ranks, not two, since
+        16 processes are too many.
+        """
+        crowded = name == "layerzero" and "cp hybrid" in self.all
+        return 2 if crowded else CHOICES[name].ranks
 
     @property
     def variant(self) -> str:
         """Every variant has its share of the cases."""
         return list(VARIANTS)[sum(map(len, self.names)) % len(VARIANTS)]
 
-    @property
-    def layers(self) -> int:
-        return 4
-
     def text(self) -> str:
         """Return the recipe."""
-        return _recipe(self.variant, self.all, self.layers, data_ranks(self))
-
-
-def data_ranks(case: Case) -> int:
-    owner = next((CHOICES[name] for name in case.all if CHOICES[name].owns == "data"), None)
-    return owner.ranks if owner is not None else 1
+        data = math.prod(self.ranks(name) for name in self.all if CHOICES[name].owns == "data")
+        return _recipe(self.variant, self.all, data)
 
 
 def cases() -> Iterator[Case]:
@@ -128,9 +121,9 @@ def _completed(names: tuple[str, ...]) -> Case:
     return Case(names, (PARTNER,) if borrows and not has_group else ())
 
 
-def _recipe(variant: str, names: tuple[str, ...], layers: int, data: int) -> str:
+def _recipe(variant: str, names: tuple[str, ...], data: int) -> str:
     parallel = [dict(CHOICES[name].entry) for name in names if not CHOICES[name].adapter]
-    content = yaml.safe_load(recipe(variant, parallel, "float64", layers))
+    content = yaml.safe_load(recipe(variant, parallel, "float64"))
     content["loader"]["batch"] = ROWS // data
     for name in names:
         if CHOICES[name].adapter:
@@ -139,10 +132,10 @@ def _recipe(variant: str, names: tuple[str, ...], layers: int, data: int) -> str
 
 
 @cache
-def reference(variant: str, layers: int, adapter: bool, encodes: bool) -> Step:
+def reference(variant: str, adapter: bool, encodes: bool) -> Step:
     """Return what one process does."""
     names = tuple(name for name in CHOICES if CHOICES[name].adapter and adapter)
-    return run_step(_recipe(variant, names, layers, 1), encoded=encodes)
+    return run_step(_recipe(variant, names, 1), encoded=encodes)
 
 
 def verify(case: Case) -> None:
@@ -150,7 +143,7 @@ def verify(case: Case) -> None:
     adapter = any(CHOICES[name].adapter for name in case.all)
     encodes = any(CHOICES[name].encodes for name in case.all)
     ranks = on_ranks(case.world, run_step, case.text(), 2, encodes)
-    check(ranks, reference(case.variant, case.layers, adapter, encodes), "float64")
+    check(ranks, reference(case.variant, adapter, encodes), "float64")
 
 
 def table(results: Mapping[tuple[str, ...], str]) -> str:
