@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from cvx_core import RecipeError, run
 from cvx_core.recipe import parse
@@ -60,6 +62,19 @@ def recipe(model: Path, output: Path, parallel: list[dict], **task: object) -> s
             "task": {"use": "sample", "steps": 2, "guidance": 3.0, "sheet": True, **task},
         }
     )
+
+
+def from_images(text: str, folder: Path) -> str:
+    """Return the recipe with a first frame for each prompt."""
+    data = yaml.safe_load(text)
+    images = []
+    for number, shade in enumerate(np.linspace(30, 220, len(PROMPTS))):
+        image = np.full((32, 48, 3), shade, np.uint8)
+        image[8 : 8 + 4 * number, 8:20] = 255
+        images.append(str(folder / f"{number}.png"))
+        Image.fromarray(image).save(images[-1])
+    data["dataset"]["images"] = images
+    return yaml.safe_dump(data)
 
 
 def sampled(texts: list[str]) -> list[tuple[dict[str, torch.Tensor], list[str]]]:
@@ -119,6 +134,28 @@ def test_several_ranks_sample_the_videos_of_one(world, cases, model, alone, tmp_
                 assert float((video - expected[name]).abs().max()) < 1e-5, (parallel, name)
         assert sorted(file for rank in ranks for file in rank[number][1]) == sorted(files), parallel
         assert (tmp_path / str(number) / "sheet.png").exists()
+
+
+@pytest.mark.slow
+def test_several_ranks_sample_from_images_what_one_does_compiled_too(tmp_path):
+    train = yaml.safe_load(TRAIN)
+    train["predictor"] |= {"image_condition": True}
+    train["output"] = str(tmp_path)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(train))
+    assert run.main([str(tmp_path / "r.yaml")]) == 0
+
+    def text(name: str, parallel: list[dict]) -> str:
+        return from_images(recipe(tmp_path / "model", tmp_path / name, parallel), tmp_path)
+
+    compiled = {"use": "compile", "backend": "aot_eager"}
+    cases = [[CP, VAE], [CFG], [SHARED, compiled], [ZERO3]]
+    [(expected, _)] = sampled([text("alone", [])])
+    ranks = on_ranks(2, sampled, [text(str(number), parallel) for number, parallel in enumerate(cases)])
+    for number, parallel in enumerate(cases):
+        assert set().union(*(rank[number][0] for rank in ranks)) == expected.keys()
+        for rank in ranks:
+            for name, video in rank[number][0].items():
+                assert float((video - expected[name]).abs().max()) < 1e-5, (parallel, name)
 
 
 def test_one_rank_after_another_takes_what_is_left(model, alone, tmp_path):
