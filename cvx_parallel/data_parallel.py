@@ -6,6 +6,7 @@ never change.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ def shard(
     stay whole, and whose gradients stay this rank's own. Returns what has to be called before each batch of a
     step, with whether it is the last: gradients are exchanged then only.
     """
+    # A block passes on what it does not change, such as the time embedding, and FSDP takes that for a view.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     units: list[Any] = [
         fully_shard(
             unit,
