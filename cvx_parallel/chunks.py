@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvx_parallel.causal_conv import CausalConv3d, past_or_first_frame
+from cvx_parallel.collectives import all_gather
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name
 Normalise = Callable[[Tensor, int, "Tensor | None", "Tensor | None", float], Tensor]
 Pending = tuple[list[Any], Tensor]
 """Transfers that are under way, and what they fill."""
@@ -86,7 +86,7 @@ class Relay:
         if outputs:
             mine[: totals[self._rank]] = torch.cat([output.reshape(-1) for output in outputs])
         every = torch.empty(self._size, len(mine), dtype=dtype, device=device)
-        _all_gather(every.view(-1), mine, group=self._group)
+        all_gather(every.view(-1), mine, group=self._group)
         result: list[Tensor] = [mine] * count
         for rank in range(self._size):
             here = sizes[rank :: self._size]

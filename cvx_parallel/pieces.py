@@ -15,9 +15,9 @@ import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.autograd import Function
 
+from cvx_parallel.collectives import gathered
+
 Sizes = tuple[int, ...]
-# Older releases have it under the second name only.
-_all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
 
 
 def shares(count: int, world: int) -> Sizes:
@@ -35,7 +35,7 @@ def padded(x: Tensor, dim: int, size: int) -> Tensor:
 
 def gather(x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
     """Return every rank's x, which have `sizes` along a dim. One all-gather of the largest size."""
-    whole: Tensor = functional.wait_tensor(_all_gather(padded(x, dim, max(sizes)), 0, group))
+    whole: Tensor = functional.wait_tensor(gathered(padded(x, dim, max(sizes)), 0, group))
     pieces = whole.chunk(len(sizes))
     return [piece.narrow(dim, 0, size) for piece, size in zip(pieces, sizes, strict=True)]
 

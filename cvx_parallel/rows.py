@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name
+from cvx_parallel.collectives import all_gather
+
 Function = Callable[[Any], tuple[Tensor, Tensor]]
 
 
@@ -40,5 +41,5 @@ def _gathered(part: Tensor, count: int, size: int, group: dist.ProcessGroup) -> 
     """Return the first `count` of the rows that all ranks have parts of; booleans travel as bytes."""
     sent = (part.byte() if part.dtype == torch.bool else part).contiguous()
     every = sent.new_empty(size * len(sent), *sent.shape[1:])
-    _all_gather(every, sent, group=group)
+    all_gather(every, sent, group=group)
     return every[:count].to(part.dtype)

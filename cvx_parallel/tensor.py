@@ -24,11 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from cvx_core.interfaces import Tokens
+from cvx_parallel.collectives import reduce_scattered
 from cvx_parallel.gradients import in_buckets, local
 from cvx_parallel.pieces import Sizes, gather, join, padded, shares
-
-# Older releases have it under the second name only.
-_reduce_scatter = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
 
 
 class Exchange(Protocol):
@@ -237,7 +235,7 @@ def _scatter_sum(x: Tensor, sizes: Sizes, group: Any) -> Tensor:
     """Return this rank's part (B,sizes[rank],D) of the sum of all ranks' x (B,sum(sizes),D)."""
     most = max(sizes)
     pieces = [padded(piece, 1, most) for piece in x.split(sizes, dim=1)]
-    return _done(_reduce_scatter(torch.cat(pieces), "sum", 0, group))[:, : sizes[dist.get_rank(group)]]
+    return _done(reduce_scattered(torch.cat(pieces), "sum", 0, group))[:, : sizes[dist.get_rank(group)]]
 
 
 class _Copy(Function):

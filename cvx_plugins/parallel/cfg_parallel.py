@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from cvx_core.errors import CvxError
 from cvx_core.interfaces import Condition, Deps, Parts
+from cvx_parallel.collectives import all_gather
 from cvx_plugins.parallel.cfg_parallel_config import CFGParallelConfig
 
 
@@ -32,7 +32,7 @@ class CFGParallel:
         ) -> tuple[Tensor, Tensor]:
             mine = predictor(latent, timestep, (uncond, cond)[place]).contiguous()
             halves = torch.empty(2, *mine.shape, dtype=mine.dtype, device=mine.device)
-            dist.all_gather_into_tensor(halves.view(-1), mine.view(-1), group=group)
+            all_gather(halves.view(-1), mine.view(-1), group=group)
             return halves[0], halves[1]
 
         return replace(parts, guided=guided)
