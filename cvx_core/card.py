@@ -75,7 +75,8 @@ class Card(Config):
 
     def check(self, spec: Spec) -> Iterable[Problem]:
         """Yield what the recipe's geometry and other components disagree about with this card."""
-        yield from self._check_video(spec)
+        video = spec.video
+        yield from self.geometry(spec.name_of("predictor"), video.frames, video.height, video.width)
         for (section, name), legal in self.demands().items():
             value = getattr(spec.config(section), name, None)
             if value is not None and value != legal:
@@ -89,22 +90,21 @@ class Card(Config):
         """Return how many latent frames go in front so that patches of patch_t frames fit."""
         return -latent_frames % self.patch_t
 
-    def _check_video(self, spec: Spec) -> Iterable[Problem]:
-        video = spec.video
-        who = f"predictor {spec.name_of('predictor')!r}"
-        if (video.frames - 1) % self.frames_step or (self.frames_max and video.frames > self.frames_max):
+    def geometry(self, predictor: str, frames: int, height: int, width: int) -> Iterable[Problem]:
+        """Yield why clips of a geometry are not for this card; paths are as if `video` stated it."""
+        who = f"predictor {predictor!r}"
+        if (frames - 1) % self.frames_step or (self.frames_max and frames > self.frames_max):
             limit = f" up to {self.frames_max}" if self.frames_max else ""
-            near = self._nearest_frames(video.frames)
+            near = self._nearest_frames(frames)
             yield Problem(
                 "video.frames",
-                f"got {video.frames}; {who} takes {self.frames_step}*N+1 frames{limit}. Nearest: {near}.",
+                f"got {frames}; {who} takes {self.frames_step}*N+1 frames{limit}. Nearest: {near}.",
             )
-        size = (video.height, video.width)
-        if self.sizes is not None and size not in self.sizes:
+        if self.sizes is not None and (height, width) not in self.sizes:
             legal = " or ".join(f"{h}x{w}" for h, w in self.sizes)
-            yield Problem("video", f"got {size[0]}x{size[1]} (height x width); {who} takes {legal} only.")
+            yield Problem("video", f"got {height}x{width} (height x width); {who} takes {legal} only.")
             return
-        for name, value in zip(("height", "width"), size, strict=True):
+        for name, value in (("height", height), ("width", width)):
             if value % self.size_step:
                 low = value // self.size_step * self.size_step
                 legal = " or ".join(str(n) for n in (low, low + self.size_step) if n)

@@ -122,6 +122,11 @@ class FieldReader:
                 result[name] = [self._anchor((*address, name, i), v, field) for i, v in enumerate(value)]
             elif value is not None:
                 result[name] = self._anchor((*address, name), value, field)
+        for name, value in data.items():
+            info = model.model_fields.get(name)
+            inner = _model_in(info.annotation) if info is not None else None
+            if inner is not None and isinstance(value, dict):
+                result[name] = self._anchored(inner, (*address, name), value)
         return result
 
     def _anchor(self, address: Address, value: Any, field: PathField) -> Any:

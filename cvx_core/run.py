@@ -86,7 +86,12 @@ def report(spec: Spec, world: int | None = None) -> str:
     lines += [f"  {note}" for note in spec.notes]
     chosen = ", ".join(f"{section} {choice.name}" for section, choice in spec.choices.items())
     lines.append(f"  {chosen}")
-    lines.append(f"  video {video.frames} frames of {video.height}x{video.width} at {video.fps:g} fps")
+    if spec.loader.buckets is None:
+        lines.append(f"  video {video.frames} frames of {video.height}x{video.width} at {video.fps:g} fps")
+    else:
+        table = spec.loader.buckets.items()
+        frames = (f"{name} x {', '.join(map(str, counts))} frames" for name, counts in table)
+        lines.append(f"  buckets {'; '.join(frames)}, at {video.fps:g} fps")
     if spec.parallel:
         names = ", ".join(choice.name for choice in spec.parallel)
         lines.append(f"  parallel {names}" + (f": {solve(spec.requests, world)}" if world else ""))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from cvx_core.config import Config, NonNegative, OutputPath, Positive
+from cvx_core.bucket_config import ASPECTS, BucketTable, aspect, checked_table, geometries, read_table
+from cvx_core.config import Config, NonNegative, OutputPath, PathRole, Positive, Probability
+from cvx_core.errors import Problem
+
+if TYPE_CHECKING:
+    from cvx_core.spec import Spec
 
 DType = Literal["auto", "float32", "float16", "bfloat16", "float64"]
 
@@ -44,6 +50,74 @@ class LoaderConfig(Config):
     """Draw a new order every epoch, keyed by seed and epoch."""
     drop_last: bool = True
     """Leave out the rows of an epoch that do not fill a batch; they are counted in the data account."""
+    buckets: Annotated[BucketTable | None, PathRole(must_exist=True)] = None
+    """Resolution -> frames -> [keep_prob, batch], or the path of a YAML file with that: clips are sorted by
+    their size and length, and a batch has clips of one bucket. null: one bucket, of the recipe's `video`.
+    """
+    aspects: Literal["own"] | tuple[str, ...] = ASPECTS
+    """Aspect ratios, width:height, of buckets such as 480p; `own` keeps that of every clip."""
+    enlarge: Annotated[float, Field(ge=1)] = 1.12
+    """By how much, per side, a clip may be enlarged to fill a bucket."""
+    max_drop: Probability | None = None
+    """Share of an epoch's rows that may be dropped, those that keep_prob passes over aside, before that is an
+    error; null is 0.1 with buckets, and no limit without.
+    """
+
+    @field_validator("buckets", mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        return read_table(value)
+
+    @field_validator("buckets")
+    @classmethod
+    def _known(cls, table: BucketTable | None) -> BucketTable | None:
+        return checked_table(table) if table is not None else None
+
+    @field_validator("aspects")
+    @classmethod
+    def _are_ratios(cls, value: Any) -> Any:
+        if not value:
+            raise ValueError("is empty. Give ratios such as 16:9, or own.")
+        for text in value if value != "own" else ():
+            aspect(text)
+        return value
+
+    @model_validator(mode="after")
+    def _batch_of_buckets(self) -> LoaderConfig:
+        """With buckets, `batch` is the smallest of theirs, for all that asks before the clips are sorted."""
+        if self.buckets is None:
+            return self
+        smallest = min(batch for counts in self.buckets.values() for _, batch in counts.values())
+        if "batch" in self.model_fields_set and self.batch != smallest:
+            raise ValueError(f"batch {self.batch}: each bucket states its own. Remove loader.batch.")
+        return self.model_copy(update={"batch": smallest})
+
+    def check(self, spec: Spec) -> Iterable[Problem]:
+        """Yield which buckets the predictor cannot take, and what has no meaning with or without buckets."""
+        if self.buckets is None:
+            for name in ("aspects", "enlarge"):
+                if getattr(self, name) != LoaderConfig.model_fields[name].default:
+                    yield Problem(name, "has no effect without loader.buckets. Remove it, or give buckets.")
+            return
+        task = spec.choices["task"]
+        if not getattr(task.config, "buckets", False):
+            yield Problem(
+                "buckets",
+                f"task {task.name!r} works at one geometry. Remove them (--set loader.buckets=null).",
+            )
+        usual = {name: field.default for name, field in VideoConfig.model_fields.items()}
+        usual |= {name: value for (owner, name), value in spec.card.defaults().items() if owner == "video"}
+        for name in ("frames", "height", "width"):
+            if name in spec.recipe.data.get("video", {}) and getattr(spec.video, name) != usual[name]:
+                yield Problem("buckets", f"state what video.{name} states. Remove one of them.")
+        yield from self._geometry_problems(spec)
+
+    def _geometry_problems(self, spec: Spec) -> Iterable[Problem]:
+        assert self.buckets is not None
+        aspects = ("1:1",) if self.aspects == "own" else self.aspects
+        for place, frames, height, width in geometries(self.buckets, aspects, spec.card.size_step):
+            for problem in spec.card.geometry(spec.name_of("predictor"), frames, height, width):
+                yield Problem(f"buckets.{place}", f"{problem.path}: {problem.message}")
 
 
 class RunConfig(Config):
@@ -82,6 +156,8 @@ class TaskConfig(Config):
     """Sections a recipe may have."""
     trains: ClassVar[str | None] = None
     """The section whose parameters the task trains."""
+    buckets: ClassVar[bool] = False
+    """Whether batches may differ in geometry, so that the recipe may have loader.buckets."""
 
     @property
     def ranks(self) -> int | None:

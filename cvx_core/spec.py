@@ -261,6 +261,8 @@ class _Resolver:
         for section, choice in spec.choices.items():
             if isinstance(choice.config, Config):
                 self._collect((section,), choice.config.check(spec))
+        if "loader" in self.recipe.data:
+            self._collect(("loader",), spec.loader.check(spec))
         for index, choice in enumerate(spec.parallel):
             self._collect(("parallel", index), choice.config.check(spec))
         world = getattr(spec.config("task"), "ranks", None) or self.world

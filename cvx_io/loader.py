@@ -3,14 +3,15 @@
 Everything random is a function of (seed, epoch) and the row, never of what happened before. So the batches do
 not depend on the number of workers, and a cursor is all the state there is. The rows of one step over all
 ranks do not depend on how many ranks share them either, as long as batch * world stays the same.
+
+Rows are sorted into buckets; without any, all are in one. A step is of one bucket on every rank.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from torch.utils.data import DataLoader
 from cvx_core.errors import CvxError, FormatError
 from cvx_core.interfaces import Batch, Row
 from cvx_core.random import keyed
+from cvx_io.buckets import Bucket, Epoch, Fate, Sorting, lay_out
 from cvx_io.video import Item
 
-Decode = Callable[[Row, torch.Generator], Item]
+Decode = Callable[..., Item]
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Cursor:
 class Account:
     """What one epoch does with the rows, over all ranks. rows = kept + dropped; repeated ones come on top.
 
-    batches: per rank; dropped: left over because they fill no batch on every rank; repeated: read twice so
-    that every rank has as many batches.
+    batches: per rank; dropped: in no batch, `fates` says why; repeated: read twice so that every rank has as
+    many batches.
     """
 
     rows: int
@@ -52,10 +54,11 @@ class Account:
 class Loader:
     """Batches of one data rank.
 
-    decode: (row, generator) -> Item, called in a worker; the generator is keyed by (seed, epoch, row id).
-    batch: rows per batch on this rank; drop_last: leave out the rows that do not fill a batch on every rank
-    (with shuffle, others in each epoch); otherwise the last batch is smaller. workers: processes that decode
-    ahead, whole batches each; 0 decodes in this process.
+    decode: (row, generator) -> Item, called in a worker; with buckets (row, generator, shape). The generator
+    is keyed by (seed, epoch, row id). batch: rows per batch on this rank, where there are no buckets;
+    drop_last: leave out the rows that do not fill a batch on every rank (with shuffle, others in each epoch);
+    otherwise the last batch, of every bucket, is smaller. workers: processes that decode ahead, whole batches
+    each; 0 decodes in this process. sorting: the buckets, and which of them the rows are offered to.
     Raises FormatError where the rows do not fill a single batch.
     """
 
@@ -68,40 +71,63 @@ class Loader:
     shuffle: bool = True
     drop_last: bool = True
     workers: int = 0
+    sorting: Sorting | None = None
+    _epochs: dict[int, Epoch] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.batch < 1 or not 0 <= self.rank < self.world or self.workers < 0:
             raise ValueError(
                 f"batch {self.batch}, rank {self.rank} of {self.world}, workers {self.workers} make no loader"
             )
-        if self.account().batches == 0:
-            raise FormatError(
-                f"{len(self.rows)} rows do not fill one batch of {self.batch} on each of {self.world} ranks "
-                f"({self.batch * self.world} rows). Add rows, lower loader.batch, or set loader.drop_last: "
-                "false."
-            )
+        if self.sorting is not None and len(self.sorting.offers) != len(self.rows):
+            raise ValueError(f"{len(self.sorting.offers)} rows are sorted, {len(self.rows)} are given")
+        if not self.rows or self.batches(0) == 0:
+            raise FormatError(self._too_few())
 
-    def account(self) -> Account:
+    def _too_few(self) -> str:
+        rows, remedy = len(self.rows), "or set loader.drop_last: false."
+        if self.sorting is None:
+            return (
+                f"{rows} rows do not fill one batch of {self.batch} on each of {self.world} ranks "
+                f"({self.batch * self.world} rows). Add rows, lower loader.batch, {remedy}"
+            )
+        reasons = "; ".join(dict.fromkeys(f"{f.reason}: {f.detail}" for f in self.fates()[:3]))
+        return (
+            f"{rows} rows fill no batch of any bucket on each of {self.world} ranks ({reasons}). Change "
+            f"loader.buckets or lower their batches, {remedy}"
+        )
+
+    def account(self, epoch: int = 0) -> Account:
         """Return what an epoch keeps, drops and repeats."""
-        rows, step = len(self.rows), self.batch * self.world
-        rest = rows % step
-        if self.drop_last:
-            return Account(rows, rows // step, kept=rows - rest, dropped=rest, repeated=0)
-        repeated = max(self.world - rest, 0) if rest else 0
-        return Account(rows, -(-rows // step), kept=rows, dropped=0, repeated=repeated)
+        laid = self._epoch(epoch)
+        kept = sum(fate.bucket is not None for fate in laid.fates)
+        read = sum(len(rows) for _, rows in laid.batches)
+        rows = len(self.rows)
+        return Account(rows, len(laid.batches), kept=kept, dropped=rows - kept, repeated=read - kept)
+
+    def fates(self, epoch: int = 0) -> tuple[Fate, ...]:
+        """Return what becomes of every row in an epoch."""
+        return self._epoch(epoch).fates
+
+    def batches(self, epoch: int) -> int:
+        """Return the number of batches of an epoch, on every rank; with keep_prob it differs by epoch."""
+        return len(self._epoch(epoch).batches)
 
     def fingerprint(self) -> str:
         """Return a digest of all that decides the order; a cursor is valid only where it is unchanged.
 
         How many ranks share the rows of a step is not part of it.
         """
-        settings = (
+        settings: tuple[object, ...] = (
             self.batch * self.world,
             self.seed,
             self.shuffle,
             self.drop_last,
             [row.id for row in self.rows],
         )
+        if self.sorting is not None:
+            buckets = [(b.name, b.batch * self.world, b.keep) for b in self.sorting.buckets]
+            settings = (*settings[1:], buckets, [offer.buckets for offer in self.sorting.offers])
         return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
     def iterate(self, cursor: Cursor = Cursor(), epochs: int | None = None) -> Iterator[tuple[Cursor, Batch]]:
@@ -109,13 +135,13 @@ class Loader:
 
         Raises ValueError for a cursor outside the epoch, and what decode raises, with any number of workers.
         """
-        batches = self.account().batches
-        if cursor.epoch < 0 or not 0 <= cursor.index <= batches:
+        batches = self.batches(cursor.epoch) if cursor.epoch >= 0 else 0
+        if not 0 <= cursor.index <= batches or cursor.epoch < 0:
             raise ValueError(f"{cursor} is outside an epoch of {batches} batches; it is from another loader")
         places: DataLoader[Any] = DataLoader(
             _Batches(self),  # type: ignore[arg-type]  # a map from cursor to batch
             batch_size=None,
-            sampler=_Places(cursor, batches, epochs),
+            sampler=_Places(self, cursor, epochs),
             num_workers=self.workers,
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # else the global one would be drawn from
@@ -123,7 +149,16 @@ class Loader:
         for place, result in places:
             if isinstance(result, CvxError):
                 raise result
-            yield _following(place, batches), result
+            yield self.following(place), result
+
+    def following(self, place: Cursor) -> Cursor:
+        """Return the cursor after the batch at a cursor. An epoch without a batch is left out."""
+        if place.index + 1 < self.batches(place.epoch):
+            return Cursor(place.epoch, place.index + 1)
+        epoch = place.epoch + 1
+        while self.batches(epoch) == 0:
+            epoch += 1
+        return Cursor(epoch)
 
     def rows_at(self, cursor: Cursor) -> tuple[Row, ...]:
         """Return the rows of the batch at a cursor, without decoding."""
@@ -133,20 +168,26 @@ class Loader:
         """Return the rows, of all ranks, of the batches that end at a cursor."""
         if cursor.index > 0:
             return self._shared(Cursor(cursor.epoch, cursor.index - 1))
-        return self._shared(Cursor(cursor.epoch - 1, self.account().batches - 1))
+        epoch = cursor.epoch - 1
+        while self.batches(epoch) == 0:
+            epoch -= 1
+        return self._shared(Cursor(epoch, self.batches(epoch) - 1))
+
+    def bucket_at(self, cursor: Cursor) -> Bucket:
+        """Return the bucket of the batch at a cursor, the same on every rank."""
+        number, _ = self._epoch(cursor.epoch).batches[cursor.index]
+        return self._sorting.buckets[number]
 
     def _shared(self, cursor: Cursor) -> tuple[Row, ...]:
         """Return the rows of all ranks at a cursor; rank r has those at r, r + world and so on."""
-        order = self._order(cursor.epoch)
-        step = self.batch * self.world
-        picked = order[cursor.index * step : (cursor.index + 1) * step]
-        picked += itertools.islice(itertools.cycle(order), max(self.world - len(picked), 0))
-        return tuple(self.rows[i] for i in picked)
+        _, indices = self._epoch(cursor.epoch).batches[cursor.index]
+        return tuple(self.rows[i] for i in indices)
 
     def batch_at(self, cursor: Cursor) -> Batch:
         """Return the batch at a cursor."""
-        rows = self.rows_at(cursor)
-        items = [self.decode(row, keyed(self.seed, "pick", cursor.epoch, row.id)) for row in rows]
+        rows, shape = self.rows_at(cursor), self.bucket_at(cursor).shape
+        more = (shape,) if shape is not None else ()
+        items = [self.decode(row, keyed(self.seed, "pick", cursor.epoch, row.id), *more) for row in rows]
         prompts = tuple(self._prompt(row, cursor.epoch) for row in rows)
         return Batch(
             rows,
@@ -154,6 +195,33 @@ class Loader:
             _stack("video", rows, [item.video for item in items]),
             _stack("image", rows, [item.image for item in items]),
         )
+
+    @property
+    def _sorting(self) -> Sorting:
+        return self.sorting if self.sorting is not None else Sorting.single(len(self.rows), self.batch)
+
+    def _epoch(self, epoch: int) -> Epoch:
+        """Return what an epoch holds; that of the last few is remembered."""
+        if epoch not in self._epochs:
+            order = self._order(epoch)
+            laid = lay_out(self.rows, self._sorting, order, self.seed, epoch, self.world, self.drop_last)
+            if len({number for number, _ in laid.batches}) > 1:  # else buckets would come one after another
+                laid = laid._replace(batches=self._mixed(laid, order, epoch))
+            for old in list(self._epochs)[:-1]:
+                del self._epochs[old]
+            self._epochs[epoch] = laid
+        return self._epochs[epoch]
+
+    def _mixed(
+        self, laid: Epoch, order: Sequence[int], epoch: int
+    ) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Return the batches of several buckets as they are read: by chance, or by their first row."""
+        if self.shuffle:
+            generator = keyed(self.seed, "batches", epoch)
+            places: list[int] = torch.randperm(len(laid.batches), generator=generator).tolist()
+            return tuple(laid.batches[i] for i in places)
+        place = {index: i for i, index in enumerate(order)}
+        return tuple(sorted(laid.batches, key=lambda batch: place[batch[1][0]]))
 
     def _order(self, epoch: int) -> list[int]:
         count = len(self.rows)
@@ -190,19 +258,17 @@ class _Batches:
 class _Places:
     """The cursors of the batches to come."""
 
+    loader: Loader
     first: Cursor
-    batches: int
     epochs: int | None
 
     def __iter__(self) -> Iterator[Cursor]:
-        place = self.first if self.first.index < self.batches else Cursor(self.first.epoch + 1)
+        place = self.first
+        if place.index >= self.loader.batches(place.epoch):
+            place = self.loader.following(place)
         while self.epochs is None or place.epoch < self.epochs:
             yield place
-            place = _following(place, self.batches)
-
-
-def _following(place: Cursor, batches: int) -> Cursor:
-    return Cursor(place.epoch, place.index + 1) if place.index + 1 < batches else Cursor(place.epoch + 1)
+            place = self.loader.following(place)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -151,14 +151,59 @@ def _cover(height: int, width: int, min_height: int, min_width: int) -> tuple[in
 
 def read_image(path: Path, height: int, width: int) -> Tensor:
     """Return an image (3,height,width) float32 in [-1,1], upright, fitted like frames. Raises FormatError."""
+    return fit(read_still(path)[None], height, width)[:, 0]
+
+
+def read_still(path: Path) -> np.ndarray:
+    """Return an image (H,W,3) uint8, upright. Raises FormatError."""
     try:
         with Image.open(path) as image:
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise FormatError(
             f"{path}: cannot be read as an image: {error}. Fetch it again or drop its row."
         ) from error
-    return fit(pixels[None], height, width)[:, 0]
+
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+
+
+class Facts(NamedTuple):
+    """What is known of a clip before its pixels. is_drawn: it has no size or length of its own."""
+
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    is_drawn: bool = False
+
+
+def is_still(path: Path) -> bool:
+    """Tell from its name whether a file is an image: a clip of one frame."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def probe(row: Row, reader: Reader) -> Facts:
+    """Return the facts of a row's clip. Raises FormatError naming file and cause where there are none."""
+    if row.make is not None:
+        return Facts(2, 1, 9, 16, is_drawn=True)
+    path = row.video if row.video is not None else row.image
+    if path is None:
+        raise FormatError(f"row {row.id!r} has neither video nor image. Drop it, or use a dataset of clips.")
+    if is_still(path):
+        height, width = read_still(path).shape[:2]
+        return Facts(1, 1, height, width)
+    try:
+        with closing(reader.open(path)) as clip:
+            return Facts(clip.num_frames, clip.fps, clip.height, clip.width)
+    except FormatError as error:
+        raise _of_row(row, path, error) from error
+
+
+def _of_row(row: Row, path: Path, error: FormatError) -> FormatError:
+    """Return an error of the same type that names the row and the file."""
+    file = "" if str(path) in str(error) else f"{path} "
+    return type(error)(f"row {row.id!r}: {file}{error}")
 
 
 class Item(NamedTuple):
@@ -183,25 +228,41 @@ def read_row(
     video = None
     if row.make is not None:
         video = fit(row.make(pick.frames, height, width), height, width)
-    elif row.video is not None:
+    elif row.video is not None and not is_still(row.video):
         if reader is None:
             raise ValueError(f"row {row.id!r} has a video file, and there is no reader")
         video = fit(_read_frames(row, reader, pick, generator), height, width)
     try:
         image = read_image(row.image, height, width) if row.image is not None else None
+        if video is None and (still := row.video if row.video is not None else row.image) is not None:
+            video = _still_video(still, row, pick, height, width)
     except FormatError as error:
-        raise FormatError(f"row {row.id!r}: {error}") from error
+        raise type(error)(f"row {row.id!r}: {error}") from error
     if image is None and video is not None:
         image = video[:, 0]
     return Item(video, image)
+
+
+def _still_video(path: Path, row: Row, pick: Pick, height: int, width: int) -> Tensor | None:
+    """Return a still as a video (3,1,height,width); longer ones are not made of it, unless asked to repeat.
+
+    A row with an image alone, where a clip is asked for, has no video.
+    """
+    if pick.frames > 1 and row.video is None:
+        return None
+    if pick.frames > 1 and pick.short == "error":
+        raise ClipTooShort(f"{path}: {_too_short(1, pick.fps, pick, pick.frames)}")
+    return read_image(path, height, width)[:, None].expand(-1, pick.frames, -1, -1)
 
 
 def _read_frames(row: Row, reader: Reader, pick: Pick, generator: torch.Generator | None) -> np.ndarray:
     assert row.video is not None
     try:
         with closing(reader.open(row.video)) as clip:
-            indices: Sequence[int] = pick_frames(clip.num_frames, clip.fps, pick, generator)
+            is_one = clip.num_frames == pick.frames == 1  # nothing to choose from, nor to skip
+            indices: Sequence[int] = (
+                [0] if is_one else pick_frames(clip.num_frames, clip.fps, pick, generator)
+            )
             return np.asarray(clip.frames(indices))
     except FormatError as error:
-        file = "" if str(row.video) in str(error) else f"{row.video} "
-        raise type(error)(f"row {row.id!r}: {file}{error}") from error
+        raise _of_row(row, row.video, error) from error

@@ -21,6 +21,8 @@ MODELS = ("predictor", "text_encoder", "autoencoder", "scheduler")
 class LoopConfig(TaskConfig):
     """The optimisation loop, shared by the tasks that train."""
 
+    buckets: ClassVar = True
+
     steps: Positive = 1000
     """Optimizer steps of the whole run; the learning-rate schedule is laid out over them."""
     stop_at: Positive | None = None
@@ -88,6 +90,8 @@ class TrainConfig(LoopConfig):
     def check(self, spec: Spec) -> Iterable[Problem]:
         if self.memory and spec.video.start == "random":
             yield Problem("memory", "keeps one latent per row, so video.start must be 'first' or 'center'.")
+        if self.memory and spec.loader.buckets is not None:
+            yield Problem("memory", "keeps one latent per row; buckets may give a row several. Remove one.")
         if self.memory and spec.card.image_latent != "none" and self.image_noise is not None:
             yield Problem("memory", "keeps encoded images, so image_noise must be null.")
         if self.export_whole and self.export is None:

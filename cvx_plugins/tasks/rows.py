@@ -1,20 +1,27 @@
-"""The loader of a task: the recipe's dataset, reader, geometry and batch put together."""
+"""The loader of a task: the recipe's dataset, reader, geometry, buckets and batch put together."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from cvx_core.errors import FormatError
 from cvx_core.interfaces import Deps, Parts, Row
 from cvx_core.spec import Spec
+from cvx_io.atomic import write_json
+from cvx_io.buckets import Rules, Shape, Sorting, check_drops, counts, reasons_text, sort_rows
 from cvx_io.loader import Loader
-from cvx_io.video import Item, Pick, read_row
+from cvx_io.progress import progress
+from cvx_io.video import Facts, Item, Pick, probe, read_row
 
 log = logging.getLogger("cvx")
+MAX_DROP = 0.1
+"""Share of the rows that buckets may drop where the recipe says nothing."""
 
 
 def make_loader(
@@ -25,19 +32,23 @@ def make_loader(
     once: bool = False,
     limit: int | None = None,
 ) -> Loader:
-    """Return the loader of the recipe's rows.
+    """Return the loader of the recipe's rows; what becomes of each is logged, and written to data.json.
 
-    pixels: whether rows are decoded; once: every row in order, none dropped; limit: the first rows only.
-    Raises FormatError for rows without a video.
+    pixels: whether rows are decoded; once: every row in order, none dropped but those that fit no bucket;
+    limit: the first rows only. Raises FormatError for rows without a video, and where more rows are dropped
+    than loader.max_drop allows. Collective where there are buckets and several ranks.
     """
     rows = list(parts.dataset.rows())[:limit]
-    still = [row for row in rows if row.video is None and row.make is None]
-    if still:
-        raise FormatError(f"{len(still)} rows have no video, first {still[0].id!r}. Use a dataset of clips.")
     video, config = spec.video, spec.loader
     reader = spec.choices["reader"].build(Deps(spec))
     pick = Pick(video.frames, video.fps, video.rule, video.start, video.skip, video.short)
-
+    sorting = None
+    if config.buckets is None:
+        _refuse_stills(rows)
+    else:
+        sorting = sort_rows(probe_all(rows, reader, parts.mesh.degrees.world), rules_of(spec, pick))
+        if once:
+            sorting = Sorting(tuple(replace(bucket, keep=1.0) for bucket in sorting.buckets), sorting.offers)
     loader = Loader(
         rows,
         Decode(reader, pick, video.height, video.width) if pixels else no_pixels,
@@ -48,28 +59,88 @@ def make_loader(
         shuffle=config.shuffle and not once,
         drop_last=config.drop_last and not once,
         workers=config.workers,
+        sorting=sorting,
     )
-    account = loader.account()
-    dropped = f", {account.dropped} dropped because they fill no batch" if account.dropped else ""
-    log.info(
-        "data: %d rows, %d batches of %d an epoch%s", account.rows, account.batches, config.batch, dropped
-    )
+    most = config.max_drop if config.max_drop is not None else None if sorting is None else MAX_DROP
+    if most is not None:
+        check_drops(loader.fates(), most)
+    _tell(loader)
+    if not once and parts.mesh.is_first:
+        write_json(spec.output / "data.json", account_of(loader))
     return loader
+
+
+def _refuse_stills(rows: Sequence[Row]) -> None:
+    still = [row for row in rows if row.video is None and row.make is None]
+    if still:
+        raise FormatError(
+            f"{len(still)} rows have no video, first {still[0].id!r}. Use a dataset of clips, or give "
+            "loader.buckets with 1 frame."
+        )
+
+
+def rules_of(spec: Spec, pick: Pick) -> Rules:
+    """Return how the recipe's buckets sort clips."""
+    config = spec.loader
+    assert config.buckets is not None
+    return Rules(config.buckets, config.aspects, spec.card.size_step, config.enlarge, pick)
+
+
+def probe_all(rows: Sequence[Row], reader: Any, world: int = 1) -> list[Facts | FormatError]:
+    """Return the facts of every row, the same on every rank: each rank looks at some of the files.
+
+    One that cannot be read is an error in its place. Collective over `world` ranks.
+    """
+    rank = dist.get_rank() if world > 1 else 0
+    mine = rows[rank::world]
+    found: list[Facts | FormatError] = []
+    with progress("look at clips", len(mine)) as bar:
+        for row in mine:
+            try:
+                found.append(probe(row, reader))
+            except FormatError as error:
+                found.append(FormatError(str(error)))  # its cause may not survive the way to other ranks
+            bar.step()
+    everyone: list[Any] = [found]
+    if world > 1:
+        everyone *= world
+        dist.all_gather_object(everyone, found)
+    return [everyone[index % world][index // world] for index in range(len(rows))]
+
+
+def _tell(loader: Loader) -> None:
+    account, fates = loader.account(), loader.fates()
+    of = f" of {loader.batch}" if loader.sorting is None else ""
+    log.info("data: %d rows, %d batches%s an epoch", account.rows, account.batches, of)
+    if loader.sorting is not None:
+        for name, rows in counts(fates)["buckets"].items():
+            log.info("  %d rows in %s", rows, name)
+    if account.dropped:
+        log.info("%d dropped:\n%s", account.dropped, reasons_text(fates))
+
+
+def account_of(loader: Loader) -> dict[str, Any]:
+    """Return what the first epoch does with the rows: sums, by bucket and reason, and for every row."""
+    fates = loader.fates()
+    return {**asdict(loader.account()), **counts(fates), "clips": [asdict(fate) for fate in fates]}
 
 
 @dataclass(frozen=True)
 class Decode:
-    """Reads a row at the recipe's geometry; a value, so that workers of any kind can be given it."""
+    """Reads a row at the recipe's geometry, or that of its bucket; a value, which any worker can be given."""
 
     reader: Any
     pick: Pick
     height: int
     width: int
 
-    def __call__(self, row: Row, generator: torch.Generator) -> Item:
-        return read_row(row, self.reader, self.pick, self.height, self.width, generator)
+    def __call__(self, row: Row, generator: torch.Generator, shape: Shape | None = None) -> Item:
+        pick, size = self.pick, (self.height, self.width)
+        if shape is not None:
+            pick, size = replace(pick, frames=shape.frames), (shape.height, shape.width)
+        return read_row(row, self.reader, pick, *size, generator)
 
 
-def no_pixels(_row: Row, _generator: torch.Generator) -> Item:
+def no_pixels(_row: Row, _generator: torch.Generator, _shape: Shape | None = None) -> Item:
     """Read nothing: for rows whose features are in memory."""
     return Item()
