@@ -19,9 +19,7 @@ HOW = {
 
 
 def argv(folder: Path, out: str, batch: int, *settings: str) -> list[str]:
-    buckets = (
-        f"{{48x64: {{9: [0.5, {batch}]}}, 32x48: {{5: [0.8, {2 * batch}]}}}}"
-    )
+    buckets = f"{{48x64: {{9: [0.5, {batch}]}}, 32x48: {{5: [0.8, {2 * batch}]}}}}"
     items = (
         f"output={folder / out}",
         "video={fps: 8}",
