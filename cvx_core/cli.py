@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   cvx run recipe.yaml --set task.steps=100
   cvx check recipe.yaml
   cvx convert CogVideoX-2b-sat/transformer out/transformer --to hf
+  cvx report runs/tiny
   cvx plugins predictor
   cvx schema > cvx.schema.json
 """
@@ -37,10 +38,16 @@ def _convert(argv: Sequence[str]) -> int:
     return code
 
 
+def _report(argv: Sequence[str]) -> int:
+    code: int = importlib.import_module("cvx_io.report").main(argv)
+    return code
+
+
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "run": (run.main, "run a recipe"),
     "check": (_check, "resolve and check a recipe, build nothing"),
     "convert": (_convert, "convert weights from any format to any other"),
+    "report": (_report, "write report.html of a run: curves, clips, data account"),
     "plugins": (_plugins, "list the installed components, all or of one kind"),
     "schema": (_schema, "print a JSON Schema of recipes"),
 }

@@ -86,6 +86,13 @@ def peak_memory(device: torch.device) -> int:
     return int(getattr(torch, device.type).max_memory_allocated(device))
 
 
+def name(device: torch.device) -> str:
+    """Return the accelerator's own name, "cpu" for the CPU."""
+    import torch
+
+    return "cpu" if device.type == "cpu" else str(getattr(torch, device.type).get_device_name(device))
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device's queue."""
     import torch

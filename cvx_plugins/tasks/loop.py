@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -23,13 +23,12 @@ from cvx_core.interfaces import ParamGroup, Parts, Work
 from cvx_core.random import Draws, keyed
 from cvx_core.spec import Spec
 from cvx_io import resume
-from cvx_io.atomic import write_json, write_text
 from cvx_io.loader import Cursor, Loader
-from cvx_io.log import RunLog
 from cvx_io.progress import progress
 from cvx_io.saver import Saver
 from cvx_parallel.gradients import clip
 from cvx_plugins.tasks import LoopConfig
+from cvx_plugins.tasks.record import Record, write_facts
 from cvx_plugins.tasks.schedule import lr_scale
 
 log = logging.getLogger("cvx")
@@ -63,12 +62,18 @@ class Loop:
         last = config.stop_at or config.steps
         records = self._start_records(step)
         works = islice(
-            self._works(loader, cursor, step * config.accumulate), max(last - step, 0) * config.accumulate
+            self._works(loader, cursor, step * config.accumulate, records),
+            max(last - step, 0) * config.accumulate,
         )
         stream = encode(works) if encode is not None else works
         saved = step
         saver = Saver(self._folder, config.keep, self._mesh, config.async_save)
-        with progress("train", last, step) as bar, _stop_requested() as stopping, saver:
+        with (
+            records or nullcontext(),
+            progress("train", last, step) as bar,
+            _stop_requested() as stopping,
+            saver,
+        ):
             while step < last and not self._agreed(stopping()):
                 began = time.perf_counter()
                 saver.check()
@@ -85,20 +90,19 @@ class Loop:
             if saved != step:
                 self._save(saver, step, cursor, loader)
             self._mark("")
-        if records is not None:
-            records.close()
         return step == config.steps
 
-    def _start_records(self, step: int) -> RunLog | None:
-        """Write what the run is, and open its log; on the first rank only."""
+    def _start_records(self, step: int) -> Record | None:
+        """Write what the run is, and open its record; on the first rank only."""
         if not self._mesh.is_first:
             return None
-        write_text(self._spec.output / "recipe.resolved.yaml", self._spec.to_yaml())
-        write_json(self._spec.output / "weights.json", dict(self._loaded))
-        return RunLog(self._spec.output, step, self._config.tensorboard)
+        write_facts(self._spec, self._loaded, self._device, self._mesh.degrees.world, step)
+        return Record(self._spec, step, self._config.tensorboard)
 
-    def _works(self, loader: Loader, cursor: Cursor, number: int) -> Iterator[Work]:
+    def _works(self, loader: Loader, cursor: Cursor, number: int, records: Record | None) -> Iterator[Work]:
         for after, batch in loader.iterate(cursor):
+            if records is not None:
+                records.look(batch)
             rows = tuple(loader.rank + i * loader.world for i in range(len(batch.rows)))
             draws = Draws(self._spec.run.seed, number, rows, loader.rank, loader.world)
             yield Work(after, batch, draws)

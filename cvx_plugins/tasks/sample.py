@@ -21,13 +21,14 @@ from cvx_core.errors import CvxError, FormatError
 from cvx_core.interfaces import Condition, Deps, Parts, Row
 from cvx_core.mesh import Mesh
 from cvx_core.spec import Spec
-from cvx_io.atomic import atomic_file, write_json, write_text
+from cvx_io.atomic import atomic_file, write_json
 from cvx_io.progress import progress
 from cvx_io.video import read_image
 from cvx_io.video_write import to_uint8, write_gif, write_mp4, write_sheet
 from cvx_plugins.tasks import SampleConfig
 from cvx_plugins.tasks.denoise import denoise, in_one_batch
 from cvx_plugins.tasks.encode import image_condition
+from cvx_plugins.tasks.record import end, write_facts
 
 log = logging.getLogger("cvx")
 
@@ -79,10 +80,10 @@ class Sample:
         mesh.barrier()
         if not mesh.is_first:
             return
-        write_text(folder / "recipe.resolved.yaml", spec.to_yaml())
-        write_json(folder / "weights.json", dict(parts.loaded))
+        write_facts(spec, parts.loaded, parts.device, mesh.degrees.world)
         if config.sheet:
             self._write_sheet(folder, jobs, spec)
+        end(folder, "Ended, all videos are there")
         log.info("%d videos in %s", len(jobs), folder)
 
     def _todo(self, jobs: Sequence[Job], spec: Spec, mesh: Mesh) -> list[Job]:
