@@ -31,7 +31,9 @@ def build(spec: Spec) -> Parts:
     dtype = devices.dtype(spec.run.dtype, device, spec.card.dtype)
     deps = Deps(spec)
     made: dict[str, Any] = {
-        section: _module(spec.choices[section], deps, dtype) for section in MODULES if section in spec.choices
+        section: _module(spec.choices[section], deps, dtype)
+        for section in MODULES
+        if section in spec.choices and section not in spec.unbuilt
     }
     trainable = _set_trainable(made, spec)
     added: frozenset[str] = frozenset()

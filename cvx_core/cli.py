@@ -38,6 +38,11 @@ def _convert(argv: Sequence[str]) -> int:
     return code
 
 
+def _cache(argv: Sequence[str]) -> int:
+    code: int = importlib.import_module("cvx_io.cache.__main__").main(argv)
+    return code
+
+
 def _report(argv: Sequence[str]) -> int:
     code: int = importlib.import_module("cvx_io.report").main(argv)
     return code
@@ -47,6 +52,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "run": (run.main, "run a recipe"),
     "check": (_check, "resolve and check a recipe, build nothing"),
     "convert": (_convert, "convert weights from any format to any other"),
+    "cache": (_cache, "look after a feature cache: verify, stats, prune"),
     "report": (_report, "write report.html of a run: curves, clips, data account"),
     "plugins": (_plugins, "list the installed components, all or of one kind"),
     "schema": (_schema, "print a JSON Schema of recipes"),

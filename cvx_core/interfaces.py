@@ -28,7 +28,8 @@ class Row:
     """One item of a dataset, by reference. Paths are absolute.
 
     id: unique in the dataset; captions: at least one unless the dataset has none; video, image: files or
-    None; make: draws the video of a synthetic row, (F,H,W,3) uint8, from (frames, height, width).
+    None; make: draws the video of a synthetic row, (F,H,W,3) uint8, from (frames, height, width); features:
+    reads what an encoder made of the row, called with a caption; such a row needs none of these.
     """
 
     id: str
@@ -36,18 +37,20 @@ class Row:
     video: Path | None = None
     image: Path | None = None
     make: Callable[[int, int, int], Any] | None = None
+    features: Callable[[str], Any] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Batch(NamedTuple):
     """Rows with their pixels. video (B,3,F,H,W) float32 in [-1,1]; image (B,3,H,W) likewise; each may be
-    absent.
+    absent. encoded: what rows from a cache of features have instead, one value a row.
     """
 
     rows: tuple[Row, ...]
     prompts: tuple[str, ...]
     video: Tensor | None = None
     image: Tensor | None = None
+    encoded: tuple[Any, ...] | None = None
 
 
 class Work(NamedTuple):

@@ -154,6 +154,10 @@ class TaskConfig(Config):
     """Sections a recipe must have, some of them by default."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Sections a recipe may have."""
+    unbuilt: ClassVar[tuple[str, ...]] = ()
+    """Of these, sections that are read for their rules alone: nothing of them is built or loaded."""
+    from_features: ClassVar[bool] = False
+    """Whether the task can go on from what encoders made of the rows before."""
     trains: ClassVar[str | None] = None
     """The section whose parameters the task trains."""
     buckets: ClassVar[bool] = False

@@ -67,6 +67,14 @@ class Spec:
     def output(self) -> Path:
         return self.run.output or Path("runs") / self.run.name
 
+    @property
+    def unbuilt(self) -> frozenset[str]:
+        """Sections that are stated but not built: the task reads only their rules, or the dataset has done
+        their work.
+        """
+        replaced = getattr(self.config("dataset"), "replaces", ())
+        return frozenset((*getattr(self.config("task"), "unbuilt", ()), *replaced))
+
     def config(self, section: str) -> Any:
         """Return a section's config, or None where the recipe has no such section."""
         if section in ("video", "loader"):
@@ -124,8 +132,10 @@ class _Resolver:
         self._check_top_level()
         found = self._expand_model()
         task = self._choose_task()
-        for section in SECTIONS[:-1]:
+        for section in sorted(SECTIONS[:-1], key=lambda name: name != "dataset"):  # it may replace others
             self._choose_section(section, found.get(section), task)
+        in_order = ("task", *SECTIONS[:-1])
+        self.choices = {section: self.choices[section] for section in in_order if section in self.choices}
         run = self._run_config(task)
         parallel = self._choose_parallel()
         self._raise()
@@ -210,6 +220,9 @@ class _Resolver:
                 self.notes.append(f"{section}: {choice.name}" + (f" from {weights}" if weights else ""))
 
     def _default(self, section: str, task: Choice) -> None:
+        dataset = self.choices.get("dataset")
+        if dataset is not None and section in getattr(dataset.config, "replaces", ()):
+            return
         if section in DEFAULTS:
             self._take(section, {"use": DEFAULTS[section]}, {})
             return

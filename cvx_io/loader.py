@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -187,13 +187,16 @@ class Loader:
         """Return the batch at a cursor."""
         rows, shape = self.rows_at(cursor), self.bucket_at(cursor).shape
         more = (shape,) if shape is not None else ()
-        items = [self.decode(row, keyed(self.seed, "pick", cursor.epoch, row.id), *more) for row in rows]
         prompts = tuple(self._prompt(row, cursor.epoch) for row in rows)
+        chosen = (replace(row, captions=(prompt,)) for row, prompt in zip(rows, prompts, strict=True))
+        items = [self.decode(row, keyed(self.seed, "pick", cursor.epoch, row.id), *more) for row in chosen]
+        encoded = tuple(item.encoded for item in items if item.encoded is not None)
         return Batch(
             rows,
             prompts,
             _stack("video", rows, [item.video for item in items]),
             _stack("image", rows, [item.image for item in items]),
+            encoded or None,
         )
 
     @property

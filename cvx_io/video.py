@@ -207,10 +207,14 @@ def _of_row(row: Row, path: Path, error: FormatError) -> FormatError:
 
 
 class Item(NamedTuple):
-    """The pixels of one row. video (3,F,H,W) and image (3,H,W), float32 in [-1,1]; each may be absent."""
+    """The pixels of one row. video (3,F,H,W) and image (3,H,W), float32 in [-1,1]; each may be absent.
+
+    encoded: what a row from a cache of features has instead.
+    """
 
     video: Tensor | None = None
     image: Tensor | None = None
+    encoded: Any = None
 
 
 def read_row(

@@ -55,6 +55,15 @@ class CogVideoXVAEConfig(Config):
 
     family: ClassVar[str] = "cogvideox-vae"
     in_chunks: ClassVar[bool] = True  # a clip can be coded by several ranks
+    beside_encoding: ClassVar[tuple[str, ...]] = (  # fields that change no moments
+        "out_channels",
+        "scale_factor",
+        "invert_scale_latents",
+        "decode",
+        "decode_chunk",
+        "decode_first_frame",
+        "slicing",
+    )
 
     in_channels: Positive = 3
     """Channels of the video that is encoded."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cvx_core import Component, hookimpl
+from cvx_plugins.datasets import cached_config
 from cvx_plugins.datasets.config import (
     CsvConfig,
     JsonlConfig,
@@ -51,3 +52,4 @@ def cvx_components() -> Iterable[Component]:
         "cvx_plugins.datasets.synthetic:Synthetic",
         summary="moving shapes with captions, drawn on the fly",
     )
+    yield from cached_config.components()

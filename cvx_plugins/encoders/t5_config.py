@@ -60,6 +60,7 @@ class T5Config(Config):
     """Encoder half of T5 v1.1: gated GELU, RMS norms, one relative position bias for all layers."""
 
     family: ClassVar[str] = "t5"
+    beside_encoding: ClassVar[tuple[str, ...]] = ("unconditional",)  # fields that change no embeddings
 
     num_layers: Positive = 2
     """Number of blocks."""

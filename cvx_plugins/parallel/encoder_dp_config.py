@@ -27,6 +27,12 @@ def unfed(spec: Spec) -> Iterable[Problem]:
     name = spec.name_of("task")
     if not {"text_encoder", "autoencoder", "loader"} <= {*task.needs, *task.optional}:
         yield Problem("", f"task {name!r} encodes no batches. Remove this strategy.")
+    if "autoencoder" in getattr(spec.config("dataset"), "replaces", ()):
+        yield Problem(
+            "",
+            f"dataset {spec.name_of('dataset')!r} is encoded already, so no batch needs an encoder. "
+            "Name the clips themselves, or remove this strategy.",
+        )
     if getattr(task, "memory", False):
         yield Problem(
             "",

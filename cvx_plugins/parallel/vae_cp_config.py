@@ -23,6 +23,12 @@ class VaeCPConfig(StrategyConfig):
 
     def check(self, spec: Spec) -> Iterable[Problem]:
         yield from lone(spec, "codes chunks of a clip")
+        if "autoencoder" in getattr(spec.config("dataset"), "replaces", ()):
+            yield Problem(
+                "",
+                f"dataset {spec.name_of('dataset')!r} is encoded already, so no clip is coded. Name the "
+                "clips themselves, or remove this strategy.",
+            )
         config, name = spec.config("autoencoder"), spec.name_of("autoencoder")
         if config is not None and not getattr(config, "in_chunks", False):
             yield Problem(

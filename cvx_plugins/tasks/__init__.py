@@ -73,6 +73,7 @@ class TrainConfig(LoopConfig):
     needs: ClassVar = (*MODELS, "dataset", "reader", "optimizer", "loader")
     optional: ClassVar = ("adapter",)
     trains: ClassVar = "predictor"
+    from_features: ClassVar = True
 
     text_dropout: Probability = 0.1
     """Probability, per row, of training without its text."""
@@ -94,6 +95,8 @@ class TrainConfig(LoopConfig):
             yield Problem("memory", "keeps one latent per row; buckets may give a row several. Remove one.")
         if self.memory and spec.card.image_latent != "none" and self.image_noise is not None:
             yield Problem("memory", "keeps encoded images, so image_noise must be null.")
+        if "autoencoder" in getattr(spec.config("dataset"), "replaces", ()):
+            yield from self._check_cached(spec)
         if self.export_whole and self.export is None:
             yield Problem(
                 "export_whole", "has nothing to do without `export: {use: hf}`. Add it, or leave this out."
@@ -103,6 +106,41 @@ class TrainConfig(LoopConfig):
                 "export_whole", f"format {self.export.name!r} holds one part only. Use hf, or leave it out."
             )
         yield from _export_problems(self.export, spec, "predictor")
+
+    def _check_cached(self, spec: Spec) -> Iterable[Problem]:
+        """Yield what has no effect, or cannot be, where rows are encoded already."""
+        name = spec.name_of("dataset")
+        if self.memory:
+            yield Problem("memory", f"dataset {name!r} is encoded already. Set memory: false.")
+        if spec.card.image_latent != "none" and self.image_noise is not None:
+            yield Problem(
+                "image_noise", f"is added to pixels, and dataset {name!r} has encoded images. Set it to null."
+            )
+        if self.export_whole:
+            yield Problem("export_whole", f"dataset {name!r} leaves no encoders to export. Leave it out.")
+
+
+class PrecomputeConfig(TaskConfig):
+    """Encode every row once, into a cache of features in the output folder, for `dataset: feature-cache`."""
+
+    needs: ClassVar = ("predictor", "text_encoder", "autoencoder", "dataset", "reader")
+    unbuilt: ClassVar = ("predictor",)  # its card says what is encoded
+
+    rows: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] = "all"
+    """Name of the list of rows; a folder can hold several, which share their items."""
+    workers: NonNegative = 0
+    """Threads that decode ahead of the encoders; 0 decodes in turn with them."""
+    unreadable: Literal["error", "skip"] = "error"
+    """After all else is encoded, rows that cannot be mean no list of rows, or one without them."""
+
+    def check(self, spec: Spec) -> Iterable[Problem]:
+        if spec.video.start == "random":
+            yield Problem("", "keeps one latent per row, so video.start must be 'first' or 'center'.")
+        for choice in spec.parallel:
+            if choice.name != "ddp":
+                yield Problem(
+                    "", f"ranks share the items by themselves, so {choice.name!r} has no effect. Use ddp."
+                )
 
 
 class SampleConfig(TaskConfig):
@@ -222,6 +260,13 @@ def _needs_weights(spec: Spec, section: str, verb: str) -> Iterable[Problem]:
 def cvx_components() -> Iterable[Component]:
     yield Component(
         "task", "train", TrainConfig, "cvx_plugins.tasks.train:Train", summary="train a predictor"
+    )
+    yield Component(
+        "task",
+        "precompute",
+        PrecomputeConfig,
+        "cvx_plugins.tasks.precompute:Precompute",
+        summary="encode every row once, into a cache of features",
     )
     yield Component(
         "task", "sample", SampleConfig, "cvx_plugins.tasks.sample:Sample", summary="sample videos"

@@ -1,11 +1,14 @@
-"""From batches to features: the one-device default of `parts.encode`, with an optional memory of what it
-encoded.
+"""From batches to features: the one-device default of `parts.encode`.
+
+What a row becomes has two halves. Encoding it gives moments and embeddings, which depend on nothing but the
+row; they may come from a cache of features, from memory, or from the encoders. Then latents are drawn from
+the moments, the same in all three cases.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,40 +16,30 @@ from torch import Tensor
 from cvx_core.card import Card
 from cvx_core.interfaces import Batch, Features, Parts, Work
 from cvx_core.random import Draws
-
-
-class Moments(NamedTuple):
-    """A posterior's mean and standard deviation, unscaled, each (C,T,h,w)."""
-
-    mean: Tensor
-    std: Tensor
-
-
-class Encoded(NamedTuple):
-    """What is kept of one row: moments of its video, and of its image where the predictor takes one."""
-
-    video: Moments
-    image: Moments | None
+from cvx_io.cache.items import Encoded, Moments, Text
 
 
 class Encoder:
-    """Encodes batches for training. What `remember` was given is never encoded again.
+    """Encodes batches for training. What `remember` was given, or came encoded, is not encoded again.
 
     Rows go through the encoders one at a time: what a row becomes does not depend, not in the last bit, on
     the rows beside it, and so not on how many ranks share a batch.
 
     Slots: moments_of(video) returns mean and standard deviation of the posterior, each (B,C,T,h,w);
-    embeds_of(prompts) returns embeddings (B,L,D) and mask (B,L).
+    embeds_of(prompts) returns embeddings (B,L,D) and mask (B,L). Neither is called where the dataset replaces
+    its encoder.
     """
 
     def __init__(self, parts: Parts, card: Card, image_noise: tuple[float, float] | None):
         """image_noise: mean and deviation of the log of the pixel noise on images; None adds none."""
         self._parts, self._card, self._image_noise = parts, card, image_noise
         self._rows: dict[str, Encoded] = {}
-        self._texts: dict[str, tuple[Tensor, Tensor]] = {}
-        self.moments_of: Callable[[Tensor], tuple[Tensor, Tensor]] = row_by_row(parts.autoencoder.moments)
+        self._texts: dict[str, Text] = {}
+        self.moments_of: Callable[[Tensor], tuple[Tensor, Tensor]] = row_by_row(
+            lambda video: parts.autoencoder.moments(video)
+        )
         self.embeds_of: Callable[[Sequence[str]], tuple[Tensor, Tensor]] = row_by_row(
-            parts.text_encoder.encode
+            lambda prompts: parts.text_encoder.encode(prompts)
         )
 
     def stream(self, works: Iterator[Work]) -> Iterator[Work]:
@@ -62,44 +55,70 @@ class Encoder:
         captions = dict.fromkeys(caption for row in batch.rows for caption in row.captions or ("",))
         new = [caption for caption in captions if caption not in self._texts]
         if new:
-            embeds, masks = self.embeds_of(new)
-            self._texts |= {text: (e, m) for text, e, m in zip(new, embeds, masks, strict=True)}
+            self._texts |= dict(zip(new, self.texts(new), strict=True))
 
     @torch.no_grad()
     def __call__(self, batch: Batch, draws: Draws) -> Features:
         """Return features of a batch; posterior and pixel noise are drawn row by row."""
-        known = all(row.id in self._rows for row in batch.rows)
-        encoded = [self._rows[row.id] for row in batch.rows] if known else self._encode(batch, draws)
-        scale = self._parts.autoencoder.scale_factor
+        encoded, scale = self._encoded(batch, draws), self.scale
         videos, images = draws.of("posterior"), draws.of("image-posterior")
-        latent = torch.stack([scale * draw(item.video, g) for item, g in zip(encoded, videos, strict=True)])
-        drawn = [
-            draw(item.image, g) for item, g in zip(encoded, images, strict=True) if item.image is not None
-        ]
+        latent = torch.stack(
+            [scale * draw(item.video, g) for item, g in zip(encoded, videos, strict=True) if item.video]
+        )
+        drawn = [draw(item.image, g) for item, g in zip(encoded, images, strict=True) if item.image]
         condition = image_condition(torch.stack(drawn), latent, scale, self._card) if drawn else None
-        return Features(pad_front(latent, self._card), *self._text(batch.prompts), condition)
+        return Features(pad_front(latent, self._card), *self._text(batch.prompts, encoded), condition)
 
-    def _text(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def moments(self, video: Tensor) -> list[Moments]:
+        """Return the moments of each video of (B,3,F,H,W)."""
+        weight = next(self._parts.autoencoder.parameters())
+        mean, std = self.moments_of(video.to(weight.device, weight.dtype))
+        return [Moments(m, s) for m, s in zip(mean, std, strict=True)]
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> list[Text]:
+        """Return embeddings and mask of each caption."""
+        embeds, masks = self.embeds_of(captions)
+        return [Text(e, m) for e, m in zip(embeds, masks, strict=True)]
+
+    @torch.no_grad()
+    def unconditional(self) -> Text:
+        """Return what stands for no prompt."""
+        if self._parts.text_encoder is None:
+            return Text(*(t.to(self._parts.device) for t in self._parts.dataset.unconditional()))
+        embeds, mask = self._parts.text_encoder.unconditional(1)
+        return Text(embeds[0], mask[0])
+
+    @property
+    def scale(self) -> float:
+        """What latents are multiplied by."""
+        source = self._parts.autoencoder if self._parts.autoencoder is not None else self._parts.dataset
+        return float(source.scale_factor)
+
+    def _encoded(self, batch: Batch, draws: Draws) -> Sequence[Encoded]:
+        if batch.encoded is not None:
+            return [_on(item, self._parts.device) for item in batch.encoded]
+        if all(row.id in self._rows for row in batch.rows):
+            return [self._rows[row.id] for row in batch.rows]
+        return self._encode(batch, draws)
+
+    def _text(self, prompts: Sequence[str], encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         """Return embeddings (B,L,D) and mask (B,L) of prompts."""
-        if any(prompt not in self._texts for prompt in prompts):
+        found = [item.text or self._texts.get(prompt) for item, prompt in zip(encoded, prompts, strict=True)]
+        if any(text is None for text in found):
             return self.embeds_of(prompts)
-        found = [self._texts[prompt] for prompt in prompts]
-        return torch.stack([embeds for embeds, _ in found]), torch.stack([mask for _, mask in found])
+        return torch.stack([t.embeds for t in found if t]), torch.stack([t.mask for t in found if t])
 
     def _encode(self, batch: Batch, draws: Draws | None) -> list[Encoded]:
         """Return the moments of every row; `draws` gives the pixel noise on images, if there is any."""
         assert batch.video is not None
-        videos = self._moments(batch.video)
+        videos = self.moments(batch.video)
         if self._card.image_latent == "none":
-            return [Encoded(video, None) for video in videos]
+            return [Encoded(video) for video in videos]
         assert batch.image is not None
-        images = self._moments(self._noised(batch.image, draws)[:, :, None])
+        images = self.moments(self._noised(batch.image, draws)[:, :, None])
         return [Encoded(video, image) for video, image in zip(videos, images, strict=True)]
-
-    def _moments(self, video: Tensor) -> list[Moments]:
-        weight = next(self._parts.autoencoder.parameters())
-        mean, std = self.moments_of(video.to(weight.device, weight.dtype))
-        return [Moments(m, s) for m, s in zip(mean, std, strict=True)]
 
     def _noised(self, images: Tensor, draws: Draws | None) -> Tensor:
         """Add pixel noise of a log-normal strength per row (the reference: mean -3, deviation 0.5)."""
@@ -111,6 +130,13 @@ class Encoder:
             sigma = torch.exp(mean + deviation * torch.randn((), generator=generator))
             noisy.append(image + sigma * torch.randn(image.shape, generator=generator))
         return torch.stack(noisy)
+
+
+def _on(item: Encoded, device: Any) -> Encoded:
+    """Return the same on a device."""
+    video = Moments(*(t.to(device) for t in item.video)) if item.video else None
+    image = Moments(*(t.to(device) for t in item.image)) if item.image else None
+    return Encoded(video, image, Text(*(t.to(device) for t in item.text)) if item.text else None)
 
 
 def row_by_row(function: Callable[[Any], tuple[Tensor, Tensor]]) -> Callable[[Any], tuple[Tensor, Tensor]]:

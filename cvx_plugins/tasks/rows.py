@@ -40,7 +40,7 @@ def make_loader(
     """
     rows = list(parts.dataset.rows())[:limit]
     video, config = spec.video, spec.loader
-    reader = spec.choices["reader"].build(Deps(spec))
+    reader = spec.choices["reader"].build(Deps(spec)) if "reader" in spec.choices else None
     pick = Pick(video.frames, video.fps, video.rule, video.start, video.skip, video.short)
     sorting = None
     if config.buckets is None:
@@ -71,7 +71,7 @@ def make_loader(
 
 
 def _refuse_stills(rows: Sequence[Row]) -> None:
-    still = [row for row in rows if row.video is None and row.make is None]
+    still = [row for row in rows if row.video is None and row.make is None and row.features is None]
     if still:
         raise FormatError(
             f"{len(still)} rows have no video, first {still[0].id!r}. Use a dataset of clips, or give "
@@ -135,6 +135,8 @@ class Decode:
     width: int
 
     def __call__(self, row: Row, generator: torch.Generator, shape: Shape | None = None) -> Item:
+        if row.features is not None:
+            return Item(encoded=row.features(row.captions[0]))
         pick, size = self.pick, (self.height, self.width)
         if shape is not None:
             pick, size = replace(pick, frames=shape.frames), (shape.height, shape.width)

@@ -19,6 +19,7 @@ from cvx_plugins.tasks.encode import Encoder
 from cvx_plugins.tasks.export import export_model
 from cvx_plugins.tasks.loop import Loop
 from cvx_plugins.tasks.rows import make_loader
+from cvx_plugins.tasks.stale import check_cache
 
 log = logging.getLogger("cvx")
 
@@ -33,6 +34,7 @@ class Train:
     def prepare(self, parts: Parts, spec: Spec) -> Parts:
         """Fill `encode` and `forward_backward` with their one-device forms."""
         config = self._config
+        check_cache(parts.dataset, spec)
         encoder = Encoder(parts, spec.card, config.image_noise)
 
         objective = Diffusion(parts.scheduler, config.accumulate)
@@ -80,7 +82,7 @@ class Train:
     def _no_text(self, parts: Parts) -> tuple[Tensor, Tensor]:
         """Return what stands for no text, asked of the text encoder once: it may leave the device later."""
         if self._empty is None:
-            self._empty = parts.text_encoder.unconditional(1)
+            self._empty = parts.encoder.unconditional()
         return self._empty
 
     def _drop(self, features: Features, parts: Parts, draws: Draws) -> Features:
