@@ -295,7 +295,10 @@ class Optimizer(Protocol):
 
 
 class Adapter(Protocol):
-    """Adds trainable parameters to a predictor; files of the model do not hold them."""
+    """Adds trainable parameters to a predictor; files of the model do not hold them.
+
+    Names and tensors that methods take and return are canonical; what goes into files is what `held` returns.
+    """
 
     def apply(self, predictor: Any) -> list[str]:
         """Change the predictor in place; return the FQNs left trainable."""
@@ -303,6 +306,42 @@ class Adapter(Protocol):
 
     def initial(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Return what a parameter that it added starts as."""
+        ...
+
+    def adopt(self, tensors: Tensors, where: str) -> Tensors:
+        """Return values of all added parameters out of a file's tensors. Raises FormatError where they do not
+        fit.
+        """
+        ...
+
+    def held(self, tensors: Tensors) -> Tensors:
+        """Return what a file of it holds, out of the predictor's parameters."""
+        ...
+
+    def effect(self, tensors: Tensors) -> list[str]:
+        """Return the modules of a predictor with these parameters that it does not change.
+
+        Raises CvxError where these are all of its modules.
+        """
+        ...
+
+    def compare(self, ours: Tensors, source: Tensors, where: str) -> None:
+        """Raise FormatError where two files of it would not change a predictor alike."""
+        ...
+
+    def merged(self, tensors: Tensors) -> Tensors:
+        """Return a predictor's parameters without those added, their change worked into the others."""
+        ...
+
+
+class LoadedAdapter(Protocol):
+    """A change to a predictor's weights that is read from a file and worked in while they are loaded."""
+
+    def changed(self, base: Tensors, tensors: Tensors, where: str) -> tuple[Tensors, Mapping[str, Any]]:
+        """Return the predictor's tensors as the file's change them, and an account in plain values.
+
+        Raises FormatError where the two do not fit.
+        """
         ...
 
 

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cvx_core.building import MODULES
-from cvx_core.interfaces import Deps, Parts
+from cvx_core.interfaces import Deps, Parts, Tensors
 from cvx_core.random import keyed
 from cvx_core.registry import Choice
 from cvx_core.spec import Spec
@@ -35,7 +36,7 @@ def place(parts: Parts, spec: Spec) -> Parts:
         parts = strategy.apply(parts)
     for strategy in strategies:
         parts = strategy.finish(parts) if hasattr(strategy, "finish") else parts
-    loaded = {}
+    loaded: dict[str, Any] = {}
     for section in MODULES:
         module = getattr(parts, section)
         if module is not None:
@@ -43,7 +44,10 @@ def place(parts: Parts, spec: Spec) -> Parts:
             elsewhere = parts.elsewhere if section == "predictor" else {}
             own = section == "predictor" and parts.adapter is not None
             added = dict.fromkeys(parts.added, parts.adapter.initial) if own else {}
-            loaded[section] = fill(module, spec.choices[section], spec, section, elsewhere, added)
+            change = partial(_changed, spec, loaded) if section == "predictor" and spec.adapters else None
+            loaded[section] = fill(module, spec.choices[section], spec, section, elsewhere, added, change)
+    if "adapter" in spec.choices and spec.choices["adapter"].weights is not None:
+        loaded["adapter"] = _adopt(parts, spec)
     return replace(parts, loaded=loaded)
 
 
@@ -54,11 +58,13 @@ def fill(
     section: str,
     elsewhere: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     added: Mapping[str, Initial] = MappingProxyType({}),
+    change: Callable[[Tensors], Tensors] | None = None,
 ) -> dict[str, Any]:
     """Load a module's weights from the recipe's format, or initialise them from the seed.
 
     elsewhere: {parameter: shape} of those that other ranks hold; added: {parameter: what it starts as} of
-    those that no file of the model holds. Of a DTensor only the local part is read.
+    those that no file of the model holds; change: what is done to the file's tensors, which are whole then.
+    Of a DTensor only the local part is copied.
     Returns the account of it, plain values: what each parameter came from, and what was left out and why.
     """
     if choice.weights is None:
@@ -76,6 +82,7 @@ def fill(
     path = source.config.path
     family = getattr(choice.config, "family", choice.name)
     tensors = source.build(Deps(spec)).open(path, spec.registry.table(family, source.component))
+    tensors = change(tensors) if change is not None else tensors
     params = dict(module.named_parameters())
     wanted = {name: tuple(parameter.shape) for name, parameter in params.items()} | dict(elsewhere)
     wanted = {name: shape for name, shape in wanted.items() if name not in added}
@@ -97,6 +104,38 @@ def fill(
         "dropped": dropped,
         "cast": [[stored, cast, count] for (stored, cast), count in casts.items()],
     }
+
+
+def _opened(choice: Choice, spec: Spec) -> tuple[Tensors, str]:
+    """Return the tensors that an adapter's weights name, and where they are."""
+    source = choice.weights
+    assert source is not None
+    predictor = spec.choices["predictor"]
+    family = getattr(predictor.config, "family", predictor.name)
+    path = source.config.path
+    return source.build(Deps(spec)).open(path, spec.registry.table(family, source.component)), str(path)
+
+
+def _changed(spec: Spec, loaded: dict[str, Any], tensors: Tensors) -> Tensors:
+    """Return the predictor's tensors as the recipe's loaded adapters change them, one after the other."""
+    loaded["adapters"] = []
+    for choice in spec.adapters:
+        found, where = _opened(choice, spec)
+        tensors, account = choice.build(Deps(spec)).changed(tensors, found, where)
+        loaded["adapters"].append({"path": where, **account})
+    return tensors
+
+
+def _adopt(parts: Parts, spec: Spec) -> dict[str, Any]:
+    """Fill the parameters that the adapter added from its file; return the account of it."""
+    found, where = _opened(spec.choices["adapter"], spec)
+    tensors = parts.adapter.adopt(found, where)
+    here = {name: name for name, _ in parts.predictor.named_parameters() if name in parts.added}
+    casts = copy_into(dict(parts.predictor.named_parameters()), tensors.read(here), here)
+    log.info("adapter: %d tensors from %s", len(found.index), where)
+    for (stored, wanted), count in casts.items():
+        log.info("adapter: %d tensors cast from %s to %s", count, stored, wanted)
+    return {"path": where, "consumed": {name: list(tensors.origins.get(name, (name,))) for name in here}}
 
 
 def _by_reason(dropped: Mapping[str, str]) -> dict[str, list[str]]:

@@ -29,6 +29,7 @@ def schema(registry: Registry) -> dict[str, Any]:
     run = _fields(RunConfig)
     properties: dict[str, Any] = {**run["properties"], "model": {"type": "string"}}
     properties |= {section: {"$ref": f"#/$defs/{section}"} for section in SECTIONS}
+    properties["adapters"] = {"type": "array", "items": {"$ref": "#/$defs/adapter"}}
     properties["parallel"] = {"type": "array", "items": {"$ref": "#/$defs/strategy"}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

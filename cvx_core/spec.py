@@ -20,7 +20,7 @@ from cvx_core.errors import FormatError, PluginError, Problem, RecipeError, did_
 from cvx_core.fields import FieldReader
 from cvx_core.mesh import MeshError, Request, check, solve
 from cvx_core.recipe import Address, Recipe
-from cvx_core.registry import Choice, Registry
+from cvx_core.registry import Choice, Component, Registry
 from cvx_core.run_config import LoaderConfig, RunConfig, VideoConfig
 
 SECTIONS = (
@@ -49,6 +49,7 @@ class Spec:
     parallel: tuple[Choice, ...] = ()
     notes: tuple[str, ...] = ()
     card: Card = field(default_factory=Card)
+    adapters: tuple[Choice, ...] = ()
 
     @property
     def requests(self) -> list[Request]:
@@ -95,6 +96,8 @@ class Spec:
             del data["loader"]
         if self.parallel:
             data["parallel"] = [_dump(choice) for choice in self.parallel]
+        if self.adapters:
+            data["adapters"] = [_dump(choice) for choice in self.adapters]
         return data
 
     @cached_property
@@ -138,10 +141,18 @@ class _Resolver:
         self.choices = {section: self.choices[section] for section in in_order if section in self.choices}
         run = self._run_config(task)
         parallel = self._choose_parallel()
+        adapters = self._choose_adapters(task)
         self._raise()
         assert task is not None
         spec = Spec(
-            self.recipe, self.registry, run, self.choices, parallel, tuple(self.notes), self._card() or Card()
+            self.recipe,
+            self.registry,
+            run,
+            self.choices,
+            parallel,
+            tuple(self.notes),
+            self._card() or Card(),
+            adapters,
         )
         self._check_across(spec)
         self._raise()
@@ -153,7 +164,7 @@ class _Resolver:
             raise RecipeError(sorted(unique, key=_by_line))
 
     def _check_top_level(self) -> None:
-        known = {*SECTIONS, *RunConfig.model_fields, "parallel", "model"}
+        known = {*SECTIONS, *RunConfig.model_fields, "parallel", "adapters", "model"}
         for key in self.recipe.data:
             if key not in known:
                 self._problem((key,), f"no such section.{did_you_mean(key, known)}")
@@ -205,7 +216,9 @@ class _Resolver:
                 self._default(section, task)
             return
         if task is not None and not wanted:
-            self._problem((section,), f"task {task.name!r} does not use it. Remove the section.")
+            loads = section == "adapter" and "adapters" in task.config.optional
+            remedy = "Give what it trained in `adapters`" if loads else "Remove the section"
+            self._problem((section,), f"task {task.name!r} does not use it. {remedy}.")
             return
         data = merge(found, given) if isinstance(given, Mapping) and found is not None else given or found
         self._take(section, data, given)
@@ -213,7 +226,7 @@ class _Resolver:
     def _take(self, section: str, data: Any, given: Any) -> None:
         fill = self._card_defaults(section) if isinstance(data, Mapping) else {}
         choice = self.fields.choice(section, (section,), data, fill, weights=section in WEIGHTED)
-        if choice is not None:
+        if choice is not None and self._is_in_place(choice, section, (section,)):
             self.choices[section] = choice
             if given is None:
                 weights = getattr(getattr(choice.weights, "config", None), "path", None)
@@ -267,6 +280,38 @@ class _Resolver:
         choices = [self.fields.choice("strategy", ("parallel", i), item) for i, item in enumerate(items)]
         return tuple(choice for choice in choices if choice is not None)
 
+    def _choose_adapters(self, task: Choice | None) -> tuple[Choice, ...]:
+        """Resolve the adapters that are loaded, each of which needs weights."""
+        items = self.recipe.data.get("adapters") or []
+        if not isinstance(items, list):
+            self._problem(("adapters",), f"got {items!r}; expected a list of mappings with `use:`.")
+            return ()
+        if items and task is not None and "adapters" not in task.config.optional:
+            self._problem(("adapters",), f"task {task.name!r} does not use it. Remove the section.")
+            return ()
+        found = []
+        for index, item in enumerate(items):
+            address = ("adapters", index)
+            choice = self.fields.choice("adapter", address, item, weights=True)
+            if choice is None or not self._is_in_place(choice, "adapters", address):
+                continue
+            if choice.weights is None:
+                self._problem(address, "has no weights. Add `weights: {use: FORMAT, path: ...}`.")
+            found.append(choice)
+        return tuple(found)
+
+    def _is_in_place(self, choice: Choice, section: str, address: Address) -> bool:
+        """Report an adapter that is for the other section: one is trained, any number are loaded."""
+        if section not in ("adapter", "adapters"):
+            return True
+        own = _section_of(choice.component)
+        if own == section:
+            return True
+        fit = [c.name for c, _ in self.registry.all("adapter") if _section_of(c) == section]
+        known = ", ".join(fit) or "none"
+        self._problem(address, f"{choice.name!r} goes into `{own}`. Known here: {known}.")
+        return False
+
     def _check_across(self, spec: Spec) -> None:
         """Run the card's rules and every component's own check."""
         if "predictor" in spec.choices:
@@ -276,8 +321,9 @@ class _Resolver:
                 self._collect((section,), choice.config.check(spec))
         if "loader" in self.recipe.data:
             self._collect(("loader",), spec.loader.check(spec))
-        for index, choice in enumerate(spec.parallel):
-            self._collect(("parallel", index), choice.config.check(spec))
+        for listed in ("parallel", "adapters"):
+            for index, choice in enumerate(getattr(spec, listed)):
+                self._collect((listed, index), choice.config.check(spec))
         world = getattr(spec.config("task"), "ranks", None) or self.world
         try:
             solve(spec.requests, world) if world is not None else check(spec.requests)
@@ -317,6 +363,10 @@ def _dump(choice: Choice) -> dict[str, Any]:
     if choice.weights is not None:
         data["weights"] = _dump(choice.weights)
     return data
+
+
+def _section_of(adapter: Component) -> str:
+    return str(getattr(adapter.config, "section", "adapter"))
 
 
 def _by_line(problem: Problem) -> tuple[str, int]:

@@ -51,15 +51,16 @@ __all__ = [
 ]
 
 
-def merge(base: Tensors, lora: Tensors, scale: float = 1.0) -> Tensors:
+def merge(base: Tensors, lora: Tensors, scale: float = 1.0, where: str = "") -> Tensors:
     """Return a model's tensors with W + scale * alpha / r * B A for every weight W that the LoRA changes.
 
     Computed when loaded, in float32 (float64 if W is), and rounded once to W's dtype; other tensors stay as
-    they are. Raises FormatError where the LoRA lacks an alpha, or the model a weight of the right shape.
+    they are. where: the LoRA's file, for messages. Raises FormatError where the LoRA lacks an alpha, or the
+    model a weight of the right shape.
     """
-    lora = with_alpha(lora, None)
+    lora = with_alpha(lora, None, where)
     shapes, alphas = modules(lora), alphas_of(lora)
-    _check_fit(base, shapes)
+    _check_fit(base, shapes, where)
 
     def changed(module: str, shape: Shape) -> Callable[[], Tensor]:
         return lambda: _merged(base, lora, module, scale * alphas[module] / shape.rank)
@@ -153,19 +154,19 @@ class _Deltas:
         return self.lora.index[module + A].dtype, self.lora.index[module + B].dtype
 
 
-def _check_fit(base: Tensors, shapes: Mapping[str, Shape]) -> None:
+def _check_fit(base: Tensors, shapes: Mapping[str, Shape], where: str) -> None:
     missing = [f"{module}.weight" for module in shapes if f"{module}.weight" not in base.index]
     if missing:
         raise FormatError(
-            f"the model has no weight for {len(missing)} of {len(shapes)} LoRA modules: {listed(missing)}."
-            f"{nearest(missing[0], base.index)} Is the LoRA for another model?"
+            f"{at(where)}the model has no weight for {len(missing)} of {len(shapes)} LoRA modules: "
+            f"{listed(missing)}.{nearest(missing[0], base.index)} Is the LoRA for another model?"
         )
     for module, shape in shapes.items():
         info = base.index[f"{module}.weight"]
         if info.shape != (shape.outputs, shape.inputs) or not is_float(info.dtype):
             raise FormatError(
-                f"'{module}.weight' is {info.dtype} {list(info.shape)}, but its LoRA changes floats of shape "
-                f"{[shape.outputs, shape.inputs]}. Is the LoRA for another model?"
+                f"{at(where)}'{module}.weight' is {info.dtype} {list(info.shape)}, but its LoRA changes "
+                f"floats of shape {[shape.outputs, shape.inputs]}. Is the LoRA for another model?"
             )
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from cvx_core import Component, Config, hookimpl
 from cvx_core.config import InputPath
-from cvx_plugins.lora.adapter_config import LoraConfig
+from cvx_plugins.lora.adapter_config import LoraConfig, MergedLoraConfig
 
 
 class LoraFileConfig(Config):
@@ -20,10 +20,17 @@ class LoraFileConfig(Config):
     """The file, or the folder that holds it. Needed to read."""
 
 
+class LoraSingleFileConfig(LoraFileConfig):
+    """LoRA weights in one .safetensors file."""
+
+    files: ClassVar[tuple[str, ...]] = (".safetensors",)
+    is_file: ClassVar[bool] = True
+
+
 @hookimpl
 def cvx_components() -> Iterable[Component]:
-    def component(name: str, target: str, summary: str) -> Component:
-        return Component("format", name, LoraFileConfig, f"cvx_plugins.lora.{target}", summary=summary)
+    def component(name: str, target: str, summary: str, config: type[Config] = LoraFileConfig) -> Component:
+        return Component("format", name, config, f"cvx_plugins.lora.{target}", summary=summary)
 
     yield component(
         "diffusers-lora",
@@ -36,10 +43,16 @@ def cvx_components() -> Iterable[Component]:
         "LoRA folder of PEFT: adapter_config.json with adapter_model.safetensors",
     )
     yield component(
-        "comfyui", "single_file:comfyui", "LoRA file of ComfyUI: diffusion_model.* with alpha tensors"
+        "comfyui",
+        "single_file:comfyui",
+        "LoRA file of ComfyUI: diffusion_model.* with alpha tensors",
+        LoraSingleFileConfig,
     )
     yield component(
-        "kohya", "single_file:kohya", "LoRA file in kohya's naming: lora_unet_* with alpha tensors"
+        "kohya",
+        "single_file:kohya",
+        "LoRA file in kohya's naming: lora_unet_* with alpha tensors",
+        LoraSingleFileConfig,
     )
     yield Component(
         "adapter",
@@ -47,4 +60,11 @@ def cvx_components() -> Iterable[Component]:
         LoraConfig,
         "cvx_plugins.lora.adapter:Lora",
         summary="low-rank changes of linear layers; everything else is frozen",
+    )
+    yield Component(
+        "adapter",
+        "merged-lora",
+        MergedLoraConfig,
+        "cvx_plugins.lora.merged:MergedLora",
+        summary="LoRA weights of a file, merged into the predictor's while these are loaded",
     )

@@ -87,6 +87,8 @@ class TrainConfig(LoopConfig):
     """
     export_whole: bool = False
     """Export text encoder, autoencoder and scheduler beside the predictor, as one pipeline folder."""
+    merge: bool = False
+    """Export the predictor with the adapter's change worked in, in place of the adapter alone."""
 
     def check(self, spec: Spec) -> Iterable[Problem]:
         if self.memory and spec.video.start == "random":
@@ -105,7 +107,13 @@ class TrainConfig(LoopConfig):
             yield Problem(
                 "export_whole", f"format {self.export.name!r} holds one part only. Use hf, or leave it out."
             )
-        yield from _export_problems(self.export, spec, "predictor")
+        if self.merge and (self.export is None or "adapter" not in spec.choices):
+            lacking = "no adapter" if "adapter" not in spec.choices else "no `export: {use: hf}`"
+            yield Problem("merge", f"has nothing to do, for there is {lacking}. Leave it out.")
+        elif self.export is not None and "adapter" in spec.choices and not self.merge:
+            yield from _adapter_problems(self.export, self.export_whole, spec)
+        else:
+            yield from _export_problems(self.export, spec, "predictor")
 
     def _check_cached(self, spec: Spec) -> Iterable[Problem]:
         """Yield what has no effect, or cannot be, where rows are encoded already."""
@@ -147,7 +155,7 @@ class SampleConfig(TaskConfig):
     """Sample videos from prompts, and from images for an image-to-video predictor."""
 
     needs: ClassVar = (*MODELS, "dataset", "reader")
-    optional: ClassVar = ("adapter",)
+    optional: ClassVar = ("adapters",)
 
     steps: Positive = 50
     """Sampling steps."""
@@ -189,7 +197,7 @@ class EvaluateConfig(TaskConfig):
     """Measure the loss per timestep band and the autoencoder's reconstruction."""
 
     needs: ClassVar = (*MODELS, "dataset", "reader", "loader")
-    optional: ClassVar = ("adapter",)
+    optional: ClassVar = ("adapters",)
 
     bands: Annotated[int, Field(ge=1, le=1000)] = 10
     """Equal bands of timesteps."""
@@ -226,13 +234,6 @@ def _export_problems(export: Choice | None, spec: Spec, section: str) -> Iterabl
     """Yield why a format cannot take the weights of a section's component."""
     if export is None or section not in spec.choices:
         return
-    if section == "predictor" and "adapter" in spec.choices:
-        yield Problem(
-            "export",
-            "writes a predictor without an adapter, so it would lose what is trained. Leave it out; the "
-            "checkpoints hold the adapter.",
-        )
-        return
     config, choice = export.config, spec.choices[section]
     if getattr(config, "read_only", False) or getattr(config, "holds", "") == "lora":
         what = "is read only" if getattr(config, "read_only", False) else "holds LoRA weights only"
@@ -245,6 +246,25 @@ def _export_problems(export: Choice | None, spec: Spec, section: str) -> Iterabl
     plan = getattr(choice.config, "plan", None)
     if plan is not None and hasattr(config, "unfit") and (why := config.unfit(plan())):
         yield Problem("export", why)
+
+
+def _adapter_problems(export: Choice, whole: bool, spec: Spec) -> Iterable[Problem]:
+    """Yield why a format cannot take an adapter's weights alone."""
+    if whole:
+        yield Problem("export_whole", "only the adapter is exported. Add `merge: true`, or leave this out.")
+    if getattr(export.config, "holds", "") != "lora":
+        able = [c.name for c, _ in spec.registry.all("format") if getattr(c.config, "holds", "") == "lora"]
+        yield Problem(
+            "export",
+            f"format {export.name!r} holds whole models, and beside an adapter only the adapter is exported. "
+            f"Use {', '.join(able[:-1])} or {able[-1]}; or add `merge: true` for base and adapter in one.",
+        )
+        return
+    predictor = spec.choices["predictor"]
+    try:
+        spec.registry.table(getattr(predictor.config, "family", predictor.name), export.component)
+    except PluginError as error:
+        yield Problem("export", str(error))
 
 
 def _needs_weights(spec: Spec, section: str, verb: str) -> Iterable[Problem]:

@@ -239,6 +239,7 @@ class Sample:
             "dynamic_guidance": config.dynamic_guidance,
             "frames": frames,
             "fps": spec.video.fps,
+            "adapters": spec.resolved.get("adapters", []),
             "digest": spec.digest,
         }
 

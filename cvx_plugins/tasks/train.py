@@ -16,7 +16,7 @@ from cvx_core.spec import Spec
 from cvx_io.progress import progress
 from cvx_plugins.tasks import TrainConfig
 from cvx_plugins.tasks.encode import Encoder
-from cvx_plugins.tasks.export import export_model
+from cvx_plugins.tasks.export import export_adapter, export_model
 from cvx_plugins.tasks.loop import Loop
 from cvx_plugins.tasks.rows import make_loader
 from cvx_plugins.tasks.stale import check_cache
@@ -67,7 +67,9 @@ class Train:
             self._no_text(parts)
         parts.predictor.train()
         finished = Loop(self._config, parts, spec, parts.predictor).run(loader, step, parts.encode)
-        if finished and self._config.export is not None:
+        if finished and parts.adapter is not None:
+            export_adapter(parts, spec, None if self._config.merge else self._config.export)
+        if finished and self._config.export is not None and (parts.adapter is None or self._config.merge):
             export_model(parts, spec, self._config.export, whole=self._config.export_whole)
 
     def _fill_memory(self, parts: Parts, spec: Spec) -> None:

@@ -20,7 +20,7 @@ from cvx_core.random import keyed
 from cvx_core.recipe import parse
 from cvx_core.run import run
 from cvx_plugins.lora.adapter import Lora, matches, targets
-from cvx_plugins.lora.adapter_config import LoraConfig
+from cvx_plugins.lora.adapter_config import LoraConfig, Where
 from tests.distributed import matrix
 
 LAYERS = ("to_q", "to_out.0")
@@ -78,10 +78,11 @@ def test_values_and_gradients_are_those_of_peft():
 def test_initial_values_change_nothing_and_spread_as_those_of_peft():
     net, names = adapted()
     before = {name: p.clone() for name, p in net.named_parameters()}
-    initialise(net, 0, dict.fromkeys(names, Lora.initial), only=names)
+    start = Lora(LoraConfig(rank=3, targets=LAYERS), Deps()).initial
+    initialise(net, 0, dict.fromkeys(names, start), only=names)
     assert not net.to_q.lora_B.weight.any()
     assert torch.equal(net.other.weight, before["other.weight"])
-    wide = Lora.initial("x.lora_A.weight", (400, 300), keyed(0, "x"))
+    wide = start("x.lora_A.weight", (400, 300), keyed(0, "x"))
     theirs = torch.empty(400, 300)
     nn.init.kaiming_uniform_(theirs, a=5**0.5)
     bound = 300**-0.5
@@ -115,9 +116,9 @@ def test_patterns(name, pattern, expected):
 
 def test_a_target_that_matches_nothing_names_the_nearest():
     with pytest.raises(CvxError, match=r"'to_qq' matches no linear layer of the Net. Did you mean 'to_q'\?"):
-        targets(Net(), ["to_q", "to_qq"])
+        targets(Net(), Where(("to_q", "to_qq")))
     with pytest.raises(CvxError, match="'norm' matches no linear layer"):
-        targets(Net(), ["norm"])
+        targets(Net(), Where(("norm",)))
 
 
 def recipe(adapter: dict[str, Any], **changes: Any) -> str:
@@ -131,12 +132,35 @@ def recipe(adapter: dict[str, Any], **changes: Any) -> str:
         ({"targets": ["to_z"]}, {}, "recipe:2.*adapter.targets: 'to_z' matches no linear layer"),
         ({"targets": []}, {}, "an empty list"),
         ({"rank": 0}, {}, "adapter.rank"),
-        ({}, {"task": {"use": "evaluate"}}, "changes nothing in task 'evaluate'"),
-        ({"weights": {"use": "peft", "path": "."}}, {}, "adapter.weights: cannot be loaded by a recipe"),
         (
             {},
-            {"task": {"use": "train", "steps": 1, "export": {"use": "hf"}}},
-            "it would lose what is trained",
+            {"task": {"use": "evaluate"}},
+            "task 'evaluate' does not use it. Give what it trained in `adapters`",
+        ),
+        ({"weights": {"use": "hf", "path": "."}}, {}, "adapter.weights.use: format 'hf' does not hold LoRA"),
+        ({"blocks": [0, "1-2"]}, {}, "adapter.blocks: no block 2: the CogVideoX has 2, 0 to 1"),
+        ({"blocks": ["1-0"]}, {}, "adapter.blocks: '1-0' is no range of blocks"),
+        ({"blocks": ["first"]}, {}, "'first' is no range of blocks"),
+        ({"blocks": []}, {}, "an empty list"),
+        (
+            {"blocks": [1], "targets": ["proj_out"]},
+            {},
+            "'proj_out' matches no linear layer of the blocks chosen of the CogVideoX",
+        ),
+        (
+            {"dropout": 0.1},
+            {"parallel": [{"use": "tp", "size": 2}]},
+            "'tp' have a part of the layers",
+        ),
+        (
+            {"dropout": 0.1},
+            {"parallel": [{"use": "cp", "ulysses": 2}]},
+            "'cp' have a part of the tokens",
+        ),
+        (
+            {"dropout": 0.1},
+            {"parallel": [{"use": "pp", "size": 2}]},
+            "'pp' have a part of the blocks",
         ),
     ],
 )
@@ -187,3 +211,30 @@ def test_dropout_is_the_same_after_a_resume(tmp_path):
         return [json.loads(line)["loss"] for line in lines]
 
     assert losses("once", None) == losses("twice", 1, None)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"), [([1], {1}), (["0-1"], {0, 1}), ([0, "2-3"], {0, 2, 3}), (None, {0, 1, 2, 3})]
+)
+def test_blocks_are_those_chosen(blocks, expected):
+    data = yaml.safe_load(recipe({"rank": 2, "targets": ["to_q", "ff.net.*"], "blocks": blocks}))
+    data["predictor"]["num_layers"] = 4
+    parts = build(resolve(parse(yaml.safe_dump(data))))
+    assert {int(name.split(".")[1]) for name in parts.trainable} == expected
+    assert len(parts.trainable) == 2 * 2 * len(expected)
+
+
+def test_gaussian_start_is_that_of_peft():
+    lora = Lora(LoraConfig(rank=8, init="gaussian", targets=LAYERS), Deps())
+    found = lora.initial("x.lora_A.weight", (8, 20_000), keyed(0, "x"))
+    layer = nn.Sequential(nn.Linear(20_000, 2))
+    config = peft.LoraConfig(r=8, target_modules=["0"], init_lora_weights="gaussian")
+    theirs = peft.get_peft_model(layer, config).base_model.model[0].lora_A["default"].weight
+    assert float(found.std()) == pytest.approx(float(theirs.detach().std()), rel=0.02)
+    assert not lora.initial("x.lora_B.weight", (5, 8), keyed(0, "x")).any()
+
+
+def test_dropout_is_allowed_where_ranks_share_out_rows():
+    for strategy in ("ddp", "zero3", "recompute"):
+        resolve(parse(recipe({"dropout": 0.1}, parallel=[{"use": strategy}])))
+    resolve(parse(recipe({"dropout": 0.1}, parallel=[{"use": "tp", "size": 1}])))
