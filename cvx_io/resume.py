@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from cvx_core.errors import FormatError
 from cvx_core.mesh import Mesh
 from cvx_io.atomic import atomic_folder, is_left_over
-from cvx_io.tensors.dcp_metadata import Checkpoint, Place, read_checkpoint
+from cvx_io.checksums import DamagedError, check_content, check_sizes, listing
+from cvx_io.tensors.dcp_metadata import METADATA, Checkpoint, Place, read_checkpoint
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"^step-(\d{8})$")
@@ -61,8 +62,8 @@ def save(
         warnings.simplefilter("ignore")  # torch warns that no process group is there
         partial = _agreed(made, alone, group)
         dcp.save(dict(state), checkpoint_id=partial, process_group=group, no_dist=alone)
+        files = _listed(partial, mesh, group)
         if first:
-            files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
             manifest = {"step": step, "files": files, **record}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for old in complete(folder)[:-keep] if first else ():
@@ -70,6 +71,16 @@ def save(
     if not alone:
         dist.barrier(group)
     return path
+
+
+def _listed(partial: Path, mesh: Mesh | None, group: dist.ProcessGroup | None) -> dict[str, dict[str, Any]]:
+    """Return the account of all files; each rank reads those that it wrote."""
+    if mesh is None or mesh.degrees.world == 1:
+        return listing(sorted(partial.iterdir()))
+    own = sorted(partial.glob(f"__{mesh.rank}_*"))
+    told: list[Any] = [None] * mesh.degrees.world
+    dist.all_gather_object(told, listing([*own, partial / METADATA] if mesh.is_first else own), group=group)
+    return {name: facts for rank in told for name, facts in sorted(rank.items())}
 
 
 def _clear(folder: Path, path: Path) -> None:
@@ -97,10 +108,13 @@ def complete(folder: Path) -> list[Path]:
     return sorted(path for path in found if _NAME.match(path.name) and (path / MANIFEST).exists())
 
 
-def find(folder: Path, resume: str | Path) -> Path | None:
-    """Return the checkpoint that `resume` means: none, the newest of the folder (auto), or the one at a path.
+def find(folder: Path, resume: str | Path, mesh: Mesh | None = None) -> Path | None:
+    """Return the checkpoint that `resume` means: none, the newest sound one of the folder (auto), or the one
+    at a path.
 
-    Raises FormatError where the path holds no checkpoint, or where `none` would write over an earlier run.
+    With `auto`, a damaged one is set aside, with a warning, and the one before it is taken. All ranks call
+    this and share the reading. Raises FormatError where the path holds no checkpoint or a damaged one, where
+    all are damaged, or where `none` would write over an earlier run.
     """
     here = complete(folder)
     if resume == "none":
@@ -111,17 +125,71 @@ def find(folder: Path, resume: str | Path) -> Path | None:
             )
         return None
     if resume == "auto":
-        for name in _interrupted(folder, here):
-            goes_on = f"goes on from {here[-1].name}" if here else "starts from the beginning"
-            log.warning("saving %s was interrupted, so the run %s", name, goes_on)
-        return here[-1] if here else None
+        return _newest_sound(folder, here, mesh)
     path = Path(resume)
-    if (path / MANIFEST).exists():
-        return path
-    inside = complete(path) or complete(path / "checkpoints")
-    if not inside:
-        raise FormatError(f"{path}: holds no checkpoint. Give a step-... folder, or the folder of a run.")
-    return inside[-1]
+    if not (path / MANIFEST).exists():
+        inside = complete(path) or complete(path / "checkpoints")
+        if not inside:
+            raise FormatError(f"{path}: holds no checkpoint. Give a step-... folder, or the folder of a run.")
+        path = inside[-1]
+    if (fault := damage(path, mesh)) is not None:
+        raise DamagedError(fault)
+    return path
+
+
+def damage(path: Path, mesh: Mesh | None = None) -> str | None:
+    """Return what is wrong with a checkpoint's manifest and files, None where they are what was written.
+
+    Reads every byte once; ranks of a mesh share the files among themselves, and return the same.
+    """
+    fault = None
+    alone = mesh is None or mesh.degrees.world == 1
+    rank, world = (0, 1) if mesh is None else (mesh.rank, mesh.degrees.world)
+    try:
+        listed = read_manifest(path)["files"]
+        check_content(path, {name: listed[name] for name in sorted(listed)[rank::world]})
+    except DamagedError as error:
+        fault = str(error)
+    if alone:
+        return fault
+    faults: list[Any] = [None] * world
+    dist.all_gather_object(faults, fault)
+    return next((text for text in faults if text is not None), None)
+
+
+def _newest_sound(folder: Path, here: Sequence[Path], mesh: Mesh | None) -> Path | None:
+    """Return the newest checkpoint that is not damaged; the damaged ones after it are set aside."""
+    names = _interrupted(folder, here)
+    faults: dict[Path, str] = {}
+    sound = None
+    for path in reversed(here):
+        if (fault := damage(path, mesh)) is None:
+            sound = path
+            break
+        faults[path] = fault
+    if faults and sound is None:
+        raise DamagedError(
+            f"{folder}: all {len(faults)} checkpoints are damaged, so nothing was started: "
+            f"{'; '.join(faults.values())} Copy them again, or set another output to start afresh."
+        )
+    if mesh is None or mesh.is_first:
+        goes_on = f"goes on from {sound.name}" if sound is not None else "starts from the beginning"
+        for name in names:
+            log.warning("saving %s was interrupted, so the run %s", name, goes_on)
+        for path, fault in faults.items():
+            log.warning("DAMAGED CHECKPOINT, kept as %s; the run %s: %s", _aside(path).name, goes_on, fault)
+    if faults and mesh is not None:
+        mesh.barrier()
+    return sound
+
+
+def _aside(path: Path) -> Path:
+    """Give a damaged checkpoint a name that no run takes for a checkpoint, nor removes; returns it."""
+    number = 1
+    while (aside := path.with_name(f"damaged-{path.name}" + (f"-{number}" if number > 1 else ""))).exists():
+        number += 1
+    path.rename(aside)
+    return aside
 
 
 def _interrupted(folder: Path, here: Sequence[Path]) -> list[str]:
@@ -132,14 +200,25 @@ def _interrupted(folder: Path, here: Sequence[Path]) -> list[str]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's manifest. Raises FormatError where files are missing or of another size."""
-    manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    for name, size in manifest["files"].items():
-        file = path / name
-        actual = file.stat().st_size if file.exists() else None
-        if actual != size:
-            state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
-            raise FormatError(f"{file}: {state}, so the checkpoint is damaged. Resume from an earlier one.")
+    """Return a checkpoint's manifest. Raises DamagedError where it is none, or where files are missing or of
+    another size.
+    """
+    file = path / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        step, listed = int(manifest["step"]), manifest["files"]
+        known = {name: (int(said["bytes"]), str(said["crc32"])) for name, said in listed.items()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise DamagedError(
+            f"{file}: is no manifest ({error!r}), so the checkpoint is damaged. Resume from an earlier one."
+        ) from error
+    if f"step-{step:08d}" != path.name and _NAME.match(path.name):
+        raise DamagedError(f"{file}: is the manifest of step {step}. Give the folder its own name again.")
+    if METADATA not in known or any(Path(name).name != name for name in known):
+        raise DamagedError(
+            f"{file}: lists no {METADATA} beside plain file names. Resume from an earlier one."
+        )
+    check_sizes(path, listed)
     return manifest
 
 
@@ -245,7 +324,7 @@ def _check_fit(checkpoint: Checkpoint, state: Mapping[str, Any], elsewhere: Coll
         ]
         raise FormatError(
             f"{checkpoint.path}: does not fit this recipe: {'; '.join(found)}. "
-            "Resume with the recipe it was made by."
+            "Resume with the recipe it was made by: the same model, adapter and optimizer."
         )
 
 

@@ -27,7 +27,7 @@ from cvx_io.loader import Cursor, Loader
 from cvx_io.progress import progress
 from cvx_io.saver import Saver
 from cvx_parallel.gradients import clip
-from cvx_plugins.tasks import LoopConfig
+from cvx_plugins.tasks import LoopConfig, checkpoint
 from cvx_plugins.tasks.record import Record, write_facts
 from cvx_plugins.tasks.schedule import lr_scale
 
@@ -45,12 +45,13 @@ class Loop:
         assert parts.make_optimizer is not None
         self._config, self._spec, self._module, self._device = config, spec, module, parts.device
         self._loaded, self._mesh, self._before_update = parts.loaded, parts.mesh, parts.before_update
-        self._after_backward, self._mark = parts.after_backward, parts.mark
+        self._after_backward, self._mark, self._trains = parts.after_backward, parts.mark, parts.trains
         self._named = [(name, p) for name, p in module.named_parameters() if name in parts.trainable]
         self._optimizer = parts.make_optimizer([ParamGroup(self._named, {})])
         for group in self._optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         self._folder = spec.output / "checkpoints"
+        self._facts = checkpoint.facts(parts, spec)
 
     def run(self, loader: Loader, step_function: StepFunction, encode: Stream | None = None) -> bool:
         """Train up to `steps` or `stop_at`. Returns whether `steps` was reached; saves in every case.
@@ -195,21 +196,17 @@ class Loop:
     def _save(self, saver: Saver, step: int, cursor: Cursor, loader: Loader) -> int:
         self._mark(f"saving step {step}")
         model, optimizer = get_state_dict(self._module, self._optimizer, options=_FLAT)
-        record = {
-            "cursor": asdict(cursor),
-            "data": loader.fingerprint(),
-            "recipe": self._spec.resolved,
-            "digest": self._spec.digest,
-        }
+        record = {"cursor": asdict(cursor), "data": loader.fingerprint(), **self._facts}
         saver.save(step, {"model": model, "optimizer": optimizer}, record)
         return step
 
     def _resume(self, loader: Loader) -> tuple[int, Cursor]:
         """Restore the checkpoint that the recipe asks for; return the step and where the data goes on."""
-        path = resume.find(self._folder, self._config.resume)
+        path = resume.find(self._folder, self._config.resume, self._mesh)
         if path is None:
             return 0, Cursor()
         manifest = resume.read_manifest(path)
+        stated = self._stated_options()
         model, optimizer = get_state_dict(self._module, self._optimizer, options=_FLAT)
         state: dict[str, Any] = {"model": model, "optimizer": optimizer}
         resume.restore(path, state, self._mesh)
@@ -220,23 +217,22 @@ class Loop:
             optim_state_dict=state["optimizer"],
             options=_FLAT,
         )
+        for group, options in zip(self._optimizer.param_groups, stated, strict=True):
+            group.update(options)
         log.info("resumed from %s", path)
-        for line in changes(manifest["recipe"], self._spec.resolved):
-            log.info("  %s", line)
         cursor = Cursor(**manifest["cursor"])
-        if manifest["data"] != loader.fingerprint():
+        new_epoch = manifest["data"] != loader.fingerprint()
+        checkpoint.tell(manifest, self._facts, self._trains, new_epoch)
+        if new_epoch:
             cursor = Cursor(cursor.epoch + 1)
             log.warning("the rows or their order changed: data goes on with a new epoch, %d", cursor.epoch)
         return int(manifest["step"]), cursor
 
-
-def changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """Yield "key: old -> new" for every value in which two resolved recipes differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            yield from changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif old != new:
-        yield f"{path}: {old} -> {new}"
+    def _stated_options(self) -> list[dict[str, Any]]:
+        """Return what the recipe says of each parameter group, which holds over what a checkpoint says."""
+        names = {"initial_lr", *type(self._spec.config("optimizer")).model_fields}
+        groups = self._optimizer.param_groups
+        return [{name: value for name, value in group.items() if name in names} for group in groups]
 
 
 @contextmanager

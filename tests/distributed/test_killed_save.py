@@ -8,9 +8,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
 from cvx_core import run
+from cvx_core.mesh import Degrees, Mesh
 from cvx_io import resume
 from tests.distributed.harness import on_ranks
 
@@ -142,3 +144,19 @@ def test_goes_on_from_the_save_before(world, rank, point, beside, argv, undistur
     assert left or rank == 1, "what the first rank was writing is there, for nobody could remove it"
     assert lines(tmp_path) == undisturbed[world]
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def found(folder: Path) -> str:
+    """Return what this rank goes on from, as one of two that share the reading."""
+    return resume.find(folder, "auto", Mesh(Degrees({"dp_shard": 2}), int(os.environ["RANK"]))).name
+
+
+def test_ranks_agree_on_the_save_before_a_damaged_one(tmp_path):
+    for step in (1, 2):
+        path = resume.save(tmp_path, step, {"w": torch.full((3,), float(step))}, {}, 2)
+    [data] = path.glob("*.distcp")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    assert on_ranks(2, found, tmp_path) == ["step-00000001"] * 2
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["damaged-step-00000002", "step-00000001"]

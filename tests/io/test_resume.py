@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -92,16 +93,91 @@ def test_a_path_without_a_checkpoint_is_an_error(tmp_path):
         resume.find(tmp_path, tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["missing", "short"])
-def test_damaged_files_are_named(tmp_path, damage):
-    path = save(tmp_path, 1)
+def remove(path):
+    data_file(path).unlink()
+
+
+def cut(path):
+    os.truncate(data_file(path), data_file(path).stat().st_size - 1)
+
+
+def flip(path):
+    """Change one bit of a weight, which torch would load without a word."""
+    content = bytearray(data_file(path).read_bytes())
+    content[content.index(torch.full((3,), float(path.name[-1])).numpy().tobytes())] ^= 1
+    data_file(path).write_bytes(content)
+
+
+def garble(path):
+    (path / resume.MANIFEST).write_text('{"step": 3')
+
+
+def empty(path):
+    (path / resume.MANIFEST).write_text("{}")
+
+
+def rename(path):
+    content = json.loads((path / resume.MANIFEST).read_text())
+    (path / resume.MANIFEST).write_text(json.dumps({**content, "step": 7}))
+
+
+def data_file(path):
     [data] = path.glob("*.distcp")
-    if damage == "missing":
-        data.unlink()
-    else:
-        data.write_bytes(data.read_bytes()[:-1])
-    with pytest.raises(FormatError, match=data.name):
-        resume.read_manifest(path)
+    return data
+
+
+DAMAGES = {
+    remove: r"distcp: is missing",
+    cut: r"distcp: has \d+ bytes instead of \d+",
+    flip: r"distcp: holds other bytes than were written \(CRC-32",
+    garble: r"manifest.json: is no manifest \(JSONDecodeError",
+    empty: r"manifest.json: is no manifest \(KeyError",
+    rename: r"manifest.json: is the manifest of step 7",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(damage, tmp_path):
+    path = save(tmp_path / "run", 3)
+    damage(path)
+    for given in (path, path.parent):
+        with pytest.raises(FormatError, match=DAMAGES[damage]):
+            resume.find(tmp_path / "other", given)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_auto_takes_the_one_before_a_damaged_one_and_says_so(damage, tmp_path, caplog):
+    good, bad = save(tmp_path, 2), save(tmp_path, 3)
+    damage(bad)
+    assert resume.find(tmp_path, "auto") == good
+    [said] = [record for record in caplog.records if record.name == "cvx"]
+    assert said.levelname == "WARNING"
+    assert said.getMessage().startswith(
+        "DAMAGED CHECKPOINT, kept as damaged-step-00000003; the run goes on from step-00000002: "
+    )
+    assert re.search(DAMAGES[damage], said.getMessage())
+    caplog.clear()
+    assert resume.find(tmp_path, "auto") == good
+    assert not [record for record in caplog.records if record.name == "cvx"]
+
+
+def test_a_damaged_checkpoint_does_not_push_out_good_ones(tmp_path):
+    save(tmp_path, 2)
+    flip(save(tmp_path, 5))
+    resume.find(tmp_path, "auto")
+    save(tmp_path, 3, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-step-00000005", "step-00000003"]
+    flip(save(tmp_path, 5))
+    resume.find(tmp_path, "auto")
+    assert "damaged-step-00000005-2" in {path.name for path in tmp_path.iterdir()}
+
+
+def test_auto_starts_nothing_where_all_are_damaged(tmp_path):
+    for path in (save(tmp_path, 2), save(tmp_path, 3)):
+        flip(path)
+    with pytest.raises(FormatError, match="all 2 checkpoints are damaged, so nothing was started"):
+        resume.find(tmp_path, "auto")
+    assert len(resume.complete(tmp_path)) == 2
 
 
 def test_another_models_state_does_not_fit(tmp_path):
