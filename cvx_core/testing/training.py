@@ -85,7 +85,7 @@ def two_updates(parts: Parts, spec: Spec, rows: int) -> Step:
     assert parts.forward_backward is not None
     assert parts.make_optimizer is not None
     assert parts.encode is not None
-    _randomise(parts)
+    randomise(parts)
     parts.trained.train()
     named = [(name, p) for name, p in parts.trained.named_parameters() if name in parts.trainable]
     optimizer = parts.make_optimizer([ParamGroup(named, {})])
@@ -121,7 +121,7 @@ def _parameters(parts: Parts) -> State:
     return {name: whole(p) for name, p in parts.trained.named_parameters()}
 
 
-def _randomise(parts: Parts) -> None:
+def randomise(parts: Parts) -> None:
     """Draw every parameter anew, so that no gate is closed, no bias zero and no norm the identity."""
     with torch.no_grad():
         for name, param in parts.trained.named_parameters():

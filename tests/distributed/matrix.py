@@ -16,6 +16,7 @@ from cvx_core.placing import place
 from cvx_core.random import Draws, keyed
 from cvx_core.recipe import parse
 from cvx_core.spec import resolve
+from cvx_core.testing.training import randomise, whole
 from cvx_parallel.gradients import clip
 from cvx_plugins.tasks.rows import make_loader
 from tests.distributed.harness import on_ranks
@@ -97,7 +98,7 @@ def run_step(text: str, updates: int = 2, encoded: bool = False) -> Step:
     """
     spec = resolve(parse(text))
     parts = place(build(spec), spec)
-    _randomise(parts)
+    randomise(parts)
     parts.predictor.train()
     optimizer = parts.make_optimizer([ParamGroup(_trainable(parts), {})])
     losses, norm, gradients = [], 0.0, {}
@@ -107,11 +108,11 @@ def run_step(text: str, updates: int = 2, encoded: bool = False) -> Step:
         losses.append(float(_mean(parts.forward_backward(features, draws), parts)))
         parts.after_backward()
         if number == 0:
-            gradients = {name: _whole(p.grad) for name, p in _trainable(parts)}
+            gradients = {name: whole(p.grad) for name, p in _trainable(parts)}
         norm = float(clip([p for _, p in _trainable(parts)], None, parts.mesh))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    parameters = {name: _whole(p) for name, p in parts.predictor.named_parameters()}
+    parameters = {name: whole(p) for name, p in parts.predictor.named_parameters()}
     return Step(losses[0], norm, gradients, parameters)
 
 
@@ -174,20 +175,6 @@ def _trainable(parts: Parts) -> list[tuple[str, torch.Tensor]]:
     return [(name, p) for name, p in parts.predictor.named_parameters() if name in parts.trainable]
 
 
-def _randomise(parts: Parts) -> None:
-    """Draw every parameter anew, so that no gate is closed and no bias is zero."""
-    from cvx_core.weights import copy_part
-
-    with torch.no_grad():
-        for name, parameter in parts.predictor.named_parameters():
-            value = torch.randn(tuple(parameter.shape), generator=keyed(1, "test", name), dtype=torch.float64)
-            scale = 0.3 / max(parameter.shape[-1], 1) ** 0.5 if parameter.ndim > 1 else 0.1
-            copy_part(
-                parameter,
-                value * scale + float("norm" in name and name.endswith("weight") and parameter.ndim == 1),
-            )
-
-
 def _share(parts: Parts, spec: Any, number: int) -> tuple[Features, Draws]:
     """Return this rank's rows of a step that all data ranks share."""
     rank, world = parts.mesh.place("batch"), parts.mesh.size("batch")
@@ -229,9 +216,3 @@ def _mean(loss: torch.Tensor, parts: Parts) -> torch.Tensor:
         dist.all_reduce(loss, group=group)
         loss = loss / parts.mesh.size("batch")
     return loss
-
-
-def _whole(tensor: torch.Tensor | None) -> torch.Tensor:
-    assert tensor is not None
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().clone().cpu()

@@ -34,7 +34,7 @@ def test_alone():
 def made(text: str) -> tuple[Parts, Any, list[tuple[str, torch.Tensor]], torch.optim.Optimizer]:
     spec = resolve(parse(text))
     parts = place(build(spec), spec)
-    matrix._randomise(parts)
+    matrix.randomise(parts)
     named = matrix._trainable(parts)
     assert parts.make_optimizer is not None
     return parts, spec, named, parts.make_optimizer([ParamGroup(named, {})])
@@ -59,7 +59,7 @@ def steps(text: str, count: int, accumulate: int = 1) -> dict[str, Any]:
             sent.clear()
     return {
         "losses": losses,
-        "parameters": {name: matrix._whole(p) for name, p in named},
+        "parameters": {name: matrix.whole(p) for name, p in named},
         "bytes": sum(p.numel() * p.element_size() for _, p in named),
         "kept": state_bytes(optimizer),
         "held": sum(p.to_local().nbytes if hasattr(p, "to_local") else p.nbytes for _, p in named),
@@ -148,7 +148,7 @@ def state(text: str) -> dict[str, Any]:
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     _, packed = get_state_dict(parts.predictor, optimizer, options=options)
     return {
-        key: matrix._whole(value) if isinstance(value, torch.Tensor) else value
+        key: matrix.whole(value) if isinstance(value, torch.Tensor) else value
         for key, value in packed.items()
     }
 

@@ -88,7 +88,7 @@ def test_dropout_drops_the_same_again():
     for parallel in ([lora], [lora, FULL], [lora, SELECTIVE]):
         spec = resolve(parse(recipe("1.0-t2v", parallel, "float64", layers=2)))
         parts = place(build(spec), spec)
-        matrix._randomise(parts)
+        matrix.randomise(parts)
         parts.predictor.train()
         torch.manual_seed(0)
         parts.forward_backward(*matrix._share(parts, spec, 0))

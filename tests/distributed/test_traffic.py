@@ -62,7 +62,7 @@ def sent(text: str, batches: int, encodes: bool) -> Totals:
     """Return what this rank sends in the second step of a recipe; the first asks what is asked once."""
     spec = resolve(parse(text))
     parts = place(build(spec), spec)
-    matrix._randomise(parts)
+    matrix.randomise(parts)
     parts.predictor.train()
     assert parts.make_optimizer is not None
     optimizer = parts.make_optimizer([ParamGroup(matrix._trainable(parts), {})])
