@@ -48,12 +48,18 @@ def _report(argv: Sequence[str]) -> int:
     return code
 
 
+def _data(argv: Sequence[str]) -> int:
+    code: int = importlib.import_module("cvx_io.data").main(argv)
+    return code
+
+
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "run": (run.main, "run a recipe"),
     "check": (_check, "resolve and check a recipe, build nothing"),
     "convert": (_convert, "convert weights from any format to any other"),
     "cache": (_cache, "look after a feature cache: verify, stats, prune"),
     "report": (_report, "write report.html of a run: curves, clips, data account"),
+    "data": (_data, "look at the clips of a recipe, and convert listings of clips"),
     "plugins": (_plugins, "list the installed components, all or of one kind"),
     "schema": (_schema, "print a JSON Schema of recipes"),
 }

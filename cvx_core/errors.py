@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 class CvxError(Exception):
@@ -21,6 +22,14 @@ class PluginError(CvxError):
 
 class FormatError(CvxError):
     """Data on disk is at fault: missing, truncated, misnamed or misshaped."""
+
+
+class ListingError(FormatError):
+    """A listing of data has problems. rows: those without; problems: (place, message) of all others."""
+
+    def __init__(self, message: str, rows: Sequence[Any] = (), problems: Sequence[tuple[str, str]] = ()):
+        super().__init__(message)
+        self.rows, self.problems = tuple(rows), tuple(problems)
 
 
 @dataclass(frozen=True)

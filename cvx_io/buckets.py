@@ -16,7 +16,8 @@ from typing import NamedTuple
 from cvx_core.bucket_config import Resolution, aspect, ordered
 from cvx_core.errors import FormatError
 from cvx_core.interfaces import Row
-from cvx_io.video import Facts, Pick, pick_frames
+from cvx_io.clips import Facts
+from cvx_io.video import Pick, pick_frames
 
 PASSED_OVER = "keep_prob"
 LEFT_OVER = "left over"

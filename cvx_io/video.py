@@ -14,12 +14,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
 from cvx_core.errors import FormatError
 from cvx_core.interfaces import Reader, Row
+from cvx_io.clips import is_still, of_row, read_still
 
 Rule = Literal["fps", "cogvideox"]
 Start = Literal["first", "center", "random"]
@@ -154,58 +154,6 @@ def read_image(path: Path, height: int, width: int) -> Tensor:
     return fit(read_still(path)[None], height, width)[:, 0]
 
 
-def read_still(path: Path) -> np.ndarray:
-    """Return an image (H,W,3) uint8, upright. Raises FormatError."""
-    try:
-        with Image.open(path) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise FormatError(
-            f"{path}: cannot be read as an image: {error}. Fetch it again or drop its row."
-        ) from error
-
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
-
-
-class Facts(NamedTuple):
-    """What is known of a clip before its pixels. is_drawn: it has no size or length of its own."""
-
-    num_frames: int
-    fps: float
-    height: int
-    width: int
-    is_drawn: bool = False
-
-
-def is_still(path: Path) -> bool:
-    """Tell from its name whether a file is an image: a clip of one frame."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
-
-
-def probe(row: Row, reader: Reader) -> Facts:
-    """Return the facts of a row's clip. Raises FormatError naming file and cause where there are none."""
-    if row.make is not None:
-        return Facts(2, 1, 9, 16, is_drawn=True)
-    path = row.video if row.video is not None else row.image
-    if path is None:
-        raise FormatError(f"row {row.id!r} has neither video nor image. Drop it, or use a dataset of clips.")
-    if is_still(path):
-        height, width = read_still(path).shape[:2]
-        return Facts(1, 1, height, width)
-    try:
-        with closing(reader.open(path)) as clip:
-            return Facts(clip.num_frames, clip.fps, clip.height, clip.width)
-    except FormatError as error:
-        raise _of_row(row, path, error) from error
-
-
-def _of_row(row: Row, path: Path, error: FormatError) -> FormatError:
-    """Return an error of the same type that names the row and the file."""
-    file = "" if str(path) in str(error) else f"{path} "
-    return type(error)(f"row {row.id!r}: {file}{error}")
-
-
 class Item(NamedTuple):
     """The pixels of one row. video (3,F,H,W) and image (3,H,W), float32 in [-1,1]; each may be absent.
 
@@ -269,4 +217,4 @@ def _read_frames(row: Row, reader: Reader, pick: Pick, generator: torch.Generato
             )
             return np.asarray(clip.frames(indices))
     except FormatError as error:
-        raise _of_row(row, row.video, error) from error
+        raise of_row(row, row.video, error) from error

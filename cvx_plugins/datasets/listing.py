@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from cvx_core.errors import FormatError
+from cvx_core.errors import FormatError, ListingError
 from cvx_core.interfaces import Row
 
 SHOWN = 20
@@ -23,12 +23,12 @@ class Listing:
         self.root = Path(root) if root is not None else Path(source).parent
         self._rows: list[Row] = []
         self._places: dict[str, str] = {}
-        self._problems: list[str] = []
+        self._problems: list[tuple[str, str]] = []
 
     def problem(self, line: int | None, message: str, source: Path | str | None = None) -> None:
         """Note a problem at a line of the source (or of another file)."""
         place = str(source or self.source)
-        self._problems.append(f"{place}:{line}: {message}" if line is not None else f"{place}: {message}")
+        self._problems.append((f"{place}:{line}" if line is not None else place, message))
 
     def media(self, text: str, line: int, what: str, root: Path | None = None) -> Path | None:
         """Return the absolute path of a media file; a missing one is a problem."""
@@ -48,15 +48,17 @@ class Listing:
         self._rows.append(row)
 
     def finish(self) -> tuple[Row, ...]:
-        """Return the rows. Raises FormatError with the first 20 problems and their number, or when empty."""
+        """Return the rows. Raises ListingError with the first 20 problems and their number, or when empty."""
         if self._problems:
             count = len(self._problems)
-            shown = "\n".join(self._problems[:SHOWN])
+            shown = "\n".join(f"{place}: {message}" for place, message in self._problems[:SHOWN])
             more = f"\n... and {count - SHOWN} more" if count > SHOWN else ""
             plural = "s" if count != 1 else ""
-            raise FormatError(
+            raise ListingError(
                 f"{shown}{more}\n{count} problem{plural} in {self.source}. Media paths are relative to "
-                f"{self.root}; set the dataset's root where the files lie elsewhere."
+                f"{self.root}; set the dataset's root where the files lie elsewhere.",
+                self._rows,
+                self._problems,
             )
         if not self._rows:
             raise FormatError(f"{self.source}: lists no rows. Add at least one, or name another file.")

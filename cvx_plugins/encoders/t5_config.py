@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from cvx_core import Config, FormatError, InputPath, Problem
@@ -89,6 +89,15 @@ class T5Config(Config):
                 "is required. Give the folder with spiece.model, `tokenizer` beside the encoder's weights; "
                 "or bytes, for an encoder without released weights.",
             )
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens each text has, end token included, before any is cut. Raises FormatError."""
+        from cvx_plugins.encoders.tokenizer import load_tokenizer
+
+        if self.tokenizer is None:
+            raise FormatError("text_encoder.tokenizer is missing; give the folder with spiece.model.")
+        tokenize = load_tokenizer(self.tokenizer)
+        return [len(tokenize(text)) for text in texts]
 
     @classmethod
     def recognise(cls, foreign: Mapping[str, Any]) -> dict[str, Any] | None:

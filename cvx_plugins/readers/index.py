@@ -44,6 +44,15 @@ class Index:
     bits: int
     is_plain: bool
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether all frames are shown equally long, within half of that; so where none has a time."""
+        if self.pts is None or len(self.pts) < 3:
+            return True
+        gaps = [b - a for a, b in itertools.pairwise(self.pts)]
+        usual = sorted(gaps)[len(gaps) // 2]
+        return all(abs(gap - usual) <= usual / 2 for gap in gaps)
+
     def key_before(self, frame: int) -> int:
         """Return the last frame at or before `frame` at which decoding can start."""
         return self.keys[bisect.bisect_right(self.keys, frame) - 1]

@@ -12,6 +12,7 @@ from cvx_core.config import NonNegative, Positive, Probability
 from cvx_core.registry import Choice
 from cvx_core.run_config import TaskConfig
 from cvx_core.spec import Spec
+from cvx_plugins.tasks import inspect_data
 
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Schedule = Literal["constant", "linear", "cosine", "cosine-restarts", "polynomial"]
@@ -305,3 +306,4 @@ def cvx_components() -> Iterable[Component]:
         "cvx_plugins.tasks.train_autoencoder:TrainAutoencoder",
         summary="train or fine-tune an autoencoder",
     )
+    yield from inspect_data.components()

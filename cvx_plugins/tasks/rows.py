@@ -15,9 +15,10 @@ from cvx_core.interfaces import Deps, Parts, Row
 from cvx_core.spec import Spec
 from cvx_io.atomic import write_json
 from cvx_io.buckets import Rules, Shape, Sorting, check_drops, counts, reasons_text, sort_rows
+from cvx_io.clips import Facts, probe
 from cvx_io.loader import Loader
 from cvx_io.progress import progress
-from cvx_io.video import Facts, Item, Pick, probe, read_row
+from cvx_io.video import Item, Pick, read_row
 
 log = logging.getLogger("cvx")
 MAX_DROP = 0.1

@@ -15,8 +15,9 @@ from cvx_core import Registry
 from cvx_core.errors import FormatError
 from cvx_core.interfaces import Row
 from cvx_io.buckets import PASSED_OVER, Bucket, Rules, Shape, check_drops, sort_rows
+from cvx_io.clips import Facts, probe
 from cvx_io.loader import Cursor, Loader
-from cvx_io.video import Facts, Item, Pick, probe
+from cvx_io.video import Item, Pick
 
 PICK = Pick(1, 8)
 ASPECTS = ("9:16", "1:1", "16:9")
