@@ -24,6 +24,12 @@ demo: install
 	$(BIN)/python -m cvx_core.run recipes/demo/train.yaml
 	$(BIN)/python -m cvx_core.run recipes/demo/sample.yaml
 	$(BIN)/python recipes/demo/score.py runs/demo
+	$(BIN)/python recipes/demo/make_clips.py runs/demo/lora-clips --new --each 3
+	$(BIN)/python -m cvx_core.run recipes/demo/lora.yaml
+	$(BIN)/python -m cvx_core.run recipes/demo/lora-sample.yaml
+	$(BIN)/python recipes/demo/score.py runs/demo/lora-sample --need 17
+	$(BIN)/python -m cvx_core.run recipes/demo/lora-sample.yaml --set output=runs/demo/lora-off --set adapters[0].scale=0
+	$(BIN)/python recipes/demo/score.py runs/demo/lora-off --most 8
 
 test: lint
 	$(BIN)/python -m pytest -m "not matrix"

@@ -34,6 +34,8 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/clips.jsonl").write_text("")
     (tmp_path / "prompts.txt").write_text("a cat\n")
+    (tmp_path / "runs/cats/adapter").mkdir(parents=True)
+    (tmp_path / "style.safetensors").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from shapes import COLOURS, DIRECTIONS
+from shapes import COLOURS, MOTIONS
 
 from cvx_core import Registry
 from cvx_core.registry import Choice
@@ -40,7 +40,7 @@ def measure(frames: np.ndarray) -> tuple[str | None, str | None]:
     shift = _centre(contrast[-1] * mask[-1]) - _centre(contrast[0] * mask[0])
     if abs(shift).max() < MIN_SHIFT:
         return colour, None
-    return colour, max(DIRECTIONS, key=lambda name: shift @ np.array(DIRECTIONS[name]))
+    return colour, max(MOTIONS, key=lambda name: shift @ np.array(MOTIONS[name]))
 
 
 def _centre(weight: np.ndarray) -> np.ndarray:
@@ -50,12 +50,13 @@ def _centre(weight: np.ndarray) -> np.ndarray:
 
 
 def main() -> int:
-    """Score every video of a folder; returns 1 where fewer than --need are right."""
+    """Score every video of a folder; returns 1 where fewer than --need are right, or more than --most."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--need", type=int, default=29, help="right ones that make it a success")
+    parser.add_argument("--most", type=int, help="instead: as many as may be right")
     args = parser.parse_args()
     component = Registry.discover().get("reader", "auto")
     assert component.config is not None
@@ -76,7 +77,7 @@ def main() -> int:
     colours, directions = (sum(r[key] for r in results) for key in ("colour", "direction"))
     print(f"{both} of {len(results)} right: colour {colours}, direction {directions}")
     write_json(args.folder / "score.json", {"right": both, "of": len(results), "videos": results})
-    return 0 if both >= args.need else 1
+    return 0 if (both >= args.need if args.most is None else both <= args.most) else 1
 
 
 if __name__ == "__main__":

@@ -18,7 +18,11 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+NEW = {"diagonally": (0.5**0.5, 0.5**0.5)}
+"""A motion that train.yaml's clips do not have: down to the right. A LoRA learns it."""
+MOTIONS = {**DIRECTIONS, **NEW}
 COMBINATIONS = tuple(product(COLOURS, SHAPES, DIRECTIONS))
+NEW_COMBINATIONS = tuple(product(COLOURS, SHAPES, NEW))
 
 
 def caption(colour: str, shape: str, direction: str) -> str:
@@ -44,13 +48,14 @@ def draw(colour: str, shape: str, direction: str, rng: np.random.Generator) -> n
     unit = SIZE / 64
     radius, travel = rng.uniform(9, 12) * unit, rng.uniform(24, 30) * unit
     start, across = rng.uniform(-3, 3) * unit - travel / 2, rng.uniform(-12, 12) * unit
-    step_x, step_y = DIRECTIONS[direction]
+    step_x, step_y = MOTIONS[direction]
+    aside_x, aside_y = (-step_y, step_x) if direction in NEW else (abs(step_y), abs(step_x))
     ground, ink = np.array(BACKGROUND, float), np.array(COLOURS[colour], float)
     frames = []
     for frame in range(FRAMES):
         along = start + travel * frame / (FRAMES - 1)
-        x = SIZE / 2 + step_x * along + abs(step_y) * across
-        y = SIZE / 2 + step_y * along + abs(step_x) * across
+        x = SIZE / 2 + step_x * along + aside_x * across
+        y = SIZE / 2 + step_y * along + aside_y * across
         frames.append(ground + (ink - ground) * coverage(shape, x, y, radius))
     return np.round(frames).astype(np.uint8)
 

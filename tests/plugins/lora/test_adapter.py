@@ -198,19 +198,24 @@ def test_base_weights_load_without_the_factors(tmp_path):
         place(build(spec), spec)
 
 
-def test_dropout_is_the_same_after_a_resume(tmp_path):
+def test_dropout_is_the_same_after_a_resume_and_when_recomputed(tmp_path):
     data = yaml.safe_load(recipe({"rank": 4, "dropout": 0.5}))
     data["task"] |= {"tensorboard": False, "steps": 3}
     data["dataset"]["rows"] = 4
 
-    def losses(name: str, *stops: int | None) -> list[float]:
+    def losses(name: str, *stops: int | None, parallel: tuple[str, ...] = ()) -> list[float]:
         for stop in stops:
             task = data["task"] | {"resume": "auto", "stop_at": stop}
-            run(resolve(parse(yaml.safe_dump(data | {"task": task, "output": str(tmp_path / name)}))))
+            changes = {"task": task, "parallel": [{"use": use} for use in parallel]}
+            run(resolve(parse(yaml.safe_dump(data | changes | {"output": str(tmp_path / name)}))))
         lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
         return [json.loads(line)["loss"] for line in lines]
 
-    assert losses("once", None) == losses("twice", 1, None)
+    once = losses("once", None)
+    assert once == losses("twice", 1, None)
+    assert once == pytest.approx(losses("recomputed", None, parallel=("recompute",)), rel=1e-6)
+    data["adapter"]["dropout"] = 0.0
+    assert once[1:] != losses("without", None)[1:]
 
 
 @pytest.mark.parametrize(
