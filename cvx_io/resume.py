@@ -222,15 +222,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def restore(path: Path, state: dict[str, Any], mesh: Mesh | None = None) -> None:
+def restore(path: Path, state: dict[str, Any], mesh: Mesh | None = None, left: Sequence[str] = ()) -> None:
     """Fill `state` in place from a checkpoint. Runs nothing that its files name.
+
+    left: top-level names of which the checkpoint may hold more than is wanted.
 
     With a mesh, each pipeline stage reads its own part; collective over `pp`. Raises FormatError, before
     anything is read, where the checkpoint holds other names or shapes; and where a file is damaged or holds
     anything but tensors and plain values.
     """
     checkpoint = read_checkpoint(path)
-    _check_fit(checkpoint, state, _elsewhere(state, mesh))
+    unread = {name for name in checkpoint.tensors if name.partition(".")[0] in left}
+    _check_fit(checkpoint, state, _elsewhere(state, mesh) | unread)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -13,6 +13,7 @@ from cvx_core.registry import Choice
 from cvx_core.run_config import TaskConfig
 from cvx_core.spec import Spec
 from cvx_plugins.tasks import inspect_data
+from cvx_plugins.tasks.ema_config import EmaConfig
 
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Schedule = Literal["constant", "linear", "cosine", "cosine-restarts", "polynomial"]
@@ -50,6 +51,8 @@ class LoopConfig(TaskConfig):
     """Newest checkpoints that are kept."""
     async_save: bool = False
     """Write checkpoints while the steps go on, from a copy in host memory (as much again as the state)."""
+    ema: EmaConfig | None = None
+    """Keep a running average of the weights, such as `{decay: 0.999}`; null keeps none."""
     resume: Literal["none", "auto"] | InputPath = "none"
     """`auto`: go on from the newest complete checkpoint in the output folder, if any; or the path of one."""
     tensorboard: bool = True

@@ -28,6 +28,7 @@ from cvx_io.progress import progress
 from cvx_io.saver import Saver
 from cvx_parallel.gradients import clip
 from cvx_plugins.tasks import LoopConfig, checkpoint
+from cvx_plugins.tasks.ema import Ema
 from cvx_plugins.tasks.record import Record, write_facts
 from cvx_plugins.tasks.schedule import lr_scale
 
@@ -50,12 +51,14 @@ class Loop:
         self._optimizer = parts.make_optimizer([ParamGroup(self._named, {})])
         for group in self._optimizer.param_groups:
             group["initial_lr"] = group["lr"]
+        self._ema = Ema(config.ema, self._named) if config.ema is not None else None
         self._folder = spec.output / "checkpoints"
         self._facts = checkpoint.facts(parts, spec)
 
     def run(self, loader: Loader, step_function: StepFunction, encode: Stream | None = None) -> bool:
         """Train up to `steps` or `stop_at`. Returns whether `steps` was reached; saves in every case.
 
+        Where it was, and an average of the weights is to be exported, the module holds that on return.
         encode: what batches go through on their way to the step, which may read ahead.
         """
         config = self._config
@@ -81,6 +84,8 @@ class Loop:
                 cursor, loss, rows = self._accumulate(stream, step, step_function, loader)
                 norm = self._update(step)
                 step += 1
+                if self._ema is not None:
+                    self._ema.update(step)
                 if step % config.log_every == 0 or step == last:
                     exact = {"loss": loss, "lr": self._lr(), "grad_norm": norm, "rows": rows}
                     if records is not None:
@@ -91,6 +96,8 @@ class Loop:
             if saved != step:
                 self._save(saver, step, cursor, loader)
             self._mark("")
+        if self._ema is not None and self._ema.is_exported and step == config.steps:
+            self._ema.put_in_place()
         return step == config.steps
 
     def _start_records(self, step: int) -> Record | None:
@@ -195,10 +202,15 @@ class Loop:
 
     def _save(self, saver: Saver, step: int, cursor: Cursor, loader: Loader) -> int:
         self._mark(f"saving step {step}")
-        model, optimizer = get_state_dict(self._module, self._optimizer, options=_FLAT)
-        record = {"cursor": asdict(cursor), "data": loader.fingerprint(), **self._facts}
-        saver.save(step, {"model": model, "optimizer": optimizer}, record)
+        held = {"cursor": asdict(cursor), "data": loader.fingerprint(), "ema": self._ema is not None}
+        saver.save(step, self._state(self._ema), {**held, **self._facts})
         return step
+
+    def _state(self, ema: Ema | None) -> dict[str, Any]:
+        """Return all tensors of the run, by name; filling them is not enough for the optimizer."""
+        model, optimizer = get_state_dict(self._module, self._optimizer, options=_FLAT)
+        averages = {"ema": ema.average} if ema is not None else {}
+        return {"model": model, "optimizer": optimizer, **averages}
 
     def _resume(self, loader: Loader) -> tuple[int, Cursor]:
         """Restore the checkpoint that the recipe asks for; return the step and where the data goes on."""
@@ -207,9 +219,9 @@ class Loop:
             return 0, Cursor()
         manifest = resume.read_manifest(path)
         stated = self._stated_options()
-        model, optimizer = get_state_dict(self._module, self._optimizer, options=_FLAT)
-        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
-        resume.restore(path, state, self._mesh)
+        averaged = bool(manifest.get("ema"))
+        state = self._state(self._ema if averaged else None)
+        resume.restore(path, state, self._mesh, left=() if self._ema is not None else ("ema",))
         set_state_dict(
             self._module,
             self._optimizer,
@@ -220,6 +232,11 @@ class Loop:
         for group, options in zip(self._optimizer.param_groups, stated, strict=True):
             group.update(options)
         log.info("resumed from %s", path)
+        if self._ema is not None and not averaged:
+            self._ema.restart()
+            log.warning("task.ema: %s holds no average, so it starts from the weights there", path.name)
+        elif averaged and self._ema is None:
+            log.warning("task.ema: the average that %s holds is given up", path.name)
         cursor = Cursor(**manifest["cursor"])
         new_epoch = manifest["data"] != loader.fingerprint()
         checkpoint.tell(manifest, self._facts, self._trains, new_epoch)
