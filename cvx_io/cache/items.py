@@ -87,12 +87,10 @@ def read_item(path: Path, kind: str) -> tuple[Tensor, Tensor]:
 
     Its digest is not compared; `check_item` does.
     """
-    import torch
-
     try:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            data = torch.empty(size, dtype=torch.uint8)
+            data = _room(size)
             count = file.readinto(data.numpy().data)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}. Run precompute again.") from error
@@ -139,6 +137,17 @@ def _digest(tensors: Any) -> str:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _room(size: int) -> Tensor:
+    """Return bytes to read into; in a loader's worker such that they can be handed on without a copy."""
+    import torch
+    from torch.utils.data import get_worker_info
+
+    if get_worker_info() is None:
+        return torch.empty(size, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 def _view(data: Tensor, start: int, entry: Mapping[str, Any]) -> Tensor:

@@ -30,6 +30,7 @@ class PlanConfig(TaskConfig):
         "loader",
     )
     trains: ClassVar = "predictor"
+    from_features: ClassVar = True
 
     of: Literal["train"] = "train"
     """The task that is planned."""

@@ -132,7 +132,7 @@ class Sample:
         self._modules = {
             section: module_of(spec, section, self._dtype)
             for section in ("text_encoder", "autoencoder")
-            if section in spec.choices
+            if section in spec.choices and section not in spec.unbuilt
         }
 
     @cached_property

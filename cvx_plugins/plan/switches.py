@@ -109,7 +109,7 @@ def edits(spec: Spec) -> Iterator[tuple[str, Edit]]:
             yield f"tp {size} sequence", _adds({"use": "tp", "size": size, "sequence": True})
         if "pp" not in uses and spec.loader.batch >= size:
             yield f"pp {size}", _adds({"use": "pp", "size": size})
-    if "interleave" not in uses and {"text_encoder", "autoencoder"} & set(spec.choices):
+    if "interleave" not in uses and {"text_encoder", "autoencoder"} & set(spec.choices) - spec.unbuilt:
         yield "interleave", _adds({"use": "interleave"})
     if "adapter" not in spec.choices:
         yield "lora", lambda data: data.update(adapter={"use": "lora"})

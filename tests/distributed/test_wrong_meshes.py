@@ -22,6 +22,7 @@ autoencoder: {use: cogvideox-vae, latent_channels: 4, base_channels: 8, blocks_p
 dataset: {use: synthetic, rows: 8}
 task: {use: train-autoencoder}
 """
+CACHE = TRAIN.replace("use: synthetic, rows: 8", "use: feature-cache, path: .")
 WEIGHTS = "weights: {use: hf, path: .}"
 SAMPLE = TRAIN.replace("loader: {batch: 2}", "task: {use: sample, guidance: 1.0}")
 SAMPLE = SAMPLE.replace("text_dim: 32}", f"text_dim: 32, {WEIGHTS}}}").replace(
@@ -157,6 +158,24 @@ WRONG = {
         1,
         "encodes every row once (memory: true)",
         TRAIN + f"# {MEMORY}",
+    ),
+    "encoder-dp of what is in a cache": (
+        ["ddp", "cp, ring: 2", "encoder-dp"],
+        2,
+        "dataset 'feature-cache' is encoded already, so no batch needs an encoder. Name the clips",
+        CACHE,
+    ),
+    "vae-cp of what is in a cache": (
+        ["ddp", "cp, ring: 2", "vae-cp"],
+        2,
+        "dataset 'feature-cache' is encoded already, so no clip is coded. Name the clips themselves,",
+        CACHE,
+    ),
+    "interleave of what is in a cache": (
+        ["ddp", "interleave"],
+        1,
+        "dataset 'feature-cache' is encoded already, so no batch needs an encoder. Name the clips",
+        CACHE,
     ),
     "guidance in training": (
         ["ddp, size: 4", "cfg-parallel"],

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from cvx_core.testing import dataset, plugin
+from cvx_io.cache.rows import Listed, Shared, write_rows
 
 
 def clips(folder: Path, *names: str) -> None:
@@ -43,6 +44,22 @@ def prompts(folder: Path) -> dict[str, Path]:
     return {"path": folder / "prompts.txt", "images_path": folder / "images.txt"}
 
 
+def feature_cache(folder: Path) -> dict[str, Path]:
+    shared = Shared({"frames": 9}, {"autoencoder.use": "a"}, {"text_encoder.use": "t"}, {}, 0.7)
+    rows = [
+        Listed(name, (f"a {name}",), {"video": f"/{name}.mp4"}, {"latent": name}, (name,), {"latent": name})
+        for name in ("A", "B")
+    ]
+    write_rows(folder, "all", shared, rows)
+    return {"path": folder}
+
+
+def npz(folder: Path) -> dict[str, Path]:
+    clips(folder, "a.npz", "b.npz")
+    (folder / "index.csv").write_text("video,caption\na.mp4,A\nb.mp4,B\n")
+    return {"path": folder / "index.csv", "latents": folder}
+
+
 test_plugin = plugin.suite("datasets")
 test_datasets = (
     dataset.suite("jsonl", jsonl)
@@ -50,4 +67,6 @@ test_datasets = (
     + dataset.suite("prompts-videos", prompts_videos)
     + dataset.suite("prompts", prompts)
     + dataset.suite("synthetic", rows=3)
+    + dataset.suite("feature-cache", feature_cache)
+    + dataset.suite("npz-cache", npz)
 )

@@ -26,10 +26,9 @@ from cvx_core.spec import resolve
 from cvx_io.cache import __main__ as command
 from cvx_io.cache.items import items_in
 from cvx_io.video_write import write_mp4
+from cvx_plugins.plan.figures import planned
 from cvx_plugins.tasks import precompute
 from cvx_plugins.tasks.rows import make_loader
-
-KEPT = ("dataset", "reader")
 
 
 def clip(path: Path, seed: int, frames: int = 12) -> None:
@@ -391,3 +390,15 @@ def test_the_command_finds_damage_counts_and_prunes(recipes, tiny, launch, capsy
     assert command.main(["verify", str(folder)]) == 0
     assert command.main(["stats", str(folder.parent / "nowhere")]) == 2
     assert "is no feature cache" in capsys.readouterr().err
+
+
+def test_a_plan_of_training_from_a_cache_holds_no_encoders(recipes):
+    _, cached, online = recipes()
+    Path(cached["dataset"]["path"]).mkdir()
+    held = []
+    for data in (cached, online):
+        plan = {**data, "task": {"use": "plan"}}
+        [stage] = planned(resolve(parse(yaml.safe_dump(plan)))).stages
+        held.append((stage.encoders, stage.encoding))
+    assert held[0] == (0, 0)
+    assert min(held[1]) > 0
