@@ -10,13 +10,14 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from cvx_core.interfaces import TensorInfo
 from cvx_io.tensors.behind import WriteBehind, write_behind
 from cvx_io.tensors.dtypes import STORAGES, num_bytes, size_of
+from cvx_io.tensors.stored import Reader
 from cvx_io.tensors.write import chunks
 
 if TYPE_CHECKING:
@@ -32,14 +33,16 @@ _ZIP64_FIELD = 20
 class Archive:
     """An open torch.save file; `write` the tensors in the order of its index."""
 
-    def __init__(self, file: WriteBehind, entries: zipfile.ZipFile, index: Mapping[str, TensorInfo]):
-        self._file, self._zip, self._index = file, entries, index
+    def __init__(
+        self, file: WriteBehind, entries: zipfile.ZipFile, index: Mapping[str, TensorInfo], reader: Reader
+    ):
+        self._file, self._zip, self._index, self._reader = file, entries, index, reader
         self._keys = {name: str(key) for key, name in enumerate(index)}
 
     def write(self, name: str, pieces: Iterable[Tensor]) -> None:
         """Write one tensor, given by its pieces along dim 0. Raises FormatError where it is another."""
         info = self._index[name]
-        data = chunks(name, pieces, info, self._file.buffer)
+        data = chunks(name, pieces, info, self._file.room, self._reader)
         self._entry(f"data/{self._keys[name]}", num_bytes(info), data)
 
     def add(self, name: str, data: bytes) -> None:
@@ -58,14 +61,20 @@ class Archive:
 
 
 @contextmanager
-def torch_archive(path: Path, index: Mapping[str, TensorInfo], wrap: Any = None) -> Iterator[Archive]:
+def torch_archive(
+    path: Path, index: Mapping[str, TensorInfo], wrap: Any = None, reader: Reader | None = None
+) -> Iterator[Archive]:
     """Open a torch.save file of the tensors in `index`; each is then written once.
 
     wrap: given the mapping {name: tensor}, returns what the file is to hold, in plain containers; the mapping
-    alone by default.
+    alone by default. reader: one for archives that are written in turns, from the same files.
     """
-    with write_behind(path) as file, _zip(file) as entries:
-        archive = Archive(file, entries, index)
+    with (
+        write_behind(path) as file,
+        Reader() if reader is None else nullcontext(reader) as reading,
+        _zip(file) as entries,
+    ):
+        archive = Archive(file, entries, index, reading)
         state = OrderedDict((name, _Slot(str(key), info)) for key, (name, info) in enumerate(index.items()))
         archive.add("data.pkl", _pickled(wrap(state) if wrap is not None else state))
         archive.add("byteorder", b"little")

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from cvx_core.errors import FormatError
 from cvx_core.interfaces import TensorInfo
-from cvx_io.tensors.behind import Buffer
+from cvx_io.tensors.behind import Room
 from cvx_io.tensors.dtypes import size_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MOST_OPEN = 16
+"""Files that a Reader keeps open."""
 
 
 @dataclass(frozen=True)
@@ -78,21 +82,40 @@ class Run(NamedTuple):
     offset: int
     size: int
 
-    def chunks(self, buffer: Buffer) -> Iterator[memoryview]:
-        """Yield the bytes, read into the buffers that `buffer` gives.
+
+class Reader:
+    """Reads runs, and opens a file once: the system reads ahead the better the longer it is read in order."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, IO[bytes]] = {}
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def chunks(self, run: Run, room: Room) -> Iterator[memoryview]:
+        """Yield the bytes of a run, read into the room that is given; use each chunk before the next.
 
         Reading costs a third less than touching the pages of a map. Raises FormatError where the file ends.
         """
-        with self.file.open("rb", buffering=0) as file:
-            file.seek(self.offset)
-            left = self.size
-            while left:
-                room = buffer()[:left]
-                count = file.readinto(room)
-                if not count:
-                    raise FormatError(f"{self.file}: ends {left} bytes early. Was it changed meanwhile?")
-                yield room[:count]
-                left -= count
+        file, at, end = self._open(run.file), run.offset, run.offset + run.size
+        while at < end:
+            chunk = room()[: end - at]
+            count = os.preadv(file.fileno(), [chunk], at)
+            if not count:
+                raise FormatError(f"{run.file}: ends {end - at} bytes early. Was it changed meanwhile?")
+            yield chunk[:count]
+            at += count
+
+    def _open(self, path: Path) -> IO[bytes]:
+        if path not in self._files:
+            if len(self._files) == MOST_OPEN:
+                self._files.pop(next(iter(self._files))).close()
+            self._files[path] = path.open("rb", buffering=0)
+        return self._files[path]
 
 
 _runs: dict[int, Run] = {}

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cvx_core.interfaces import TensorInfo, Tensors
 from cvx_io.pieces import checked, pieces
-from cvx_io.tensors.behind import BUFFER_SIZE, Buffer, write_behind
+from cvx_io.tensors.behind import BLOCK_SIZE, Room, write_behind
 from cvx_io.tensors.dtypes import num_bytes, size_of
 from cvx_io.tensors.header import make_header
-from cvx_io.tensors.stored import run_of
+from cvx_io.tensors.stored import Reader, run_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,11 +34,10 @@ def write_file(
     """
     chosen = list(tensors.index if names is None else names)
     order = sorted(chosen, key=lambda name: -size_of(tensors.index[name].dtype))
-    with write_behind(path) as file:
+    with write_behind(path) as file, Reader() as reader:
         file.write(make_header({name: tensors.index[name] for name in order}, metadata))
         for name in order:
-            for chunk in chunks(name, pieces(tensors, name), tensors.index[name], file.buffer):
-                file.write(chunk)
+            file.writelines(chunks(name, pieces(tensors, name), tensors.index[name], file.room, reader))
 
 
 def write_shards(folder: Path, stem: str, tensors: Tensors, limit: int) -> list[Path]:
@@ -71,27 +70,26 @@ def write_shards(folder: Path, stem: str, tensors: Tensors, limit: int) -> list[
     return [*files, index]
 
 
-def chunks(name: str, found: Iterable[Tensor], expected: TensorInfo, buffer: Buffer) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor, given by its pieces, in the buffers that `buffer` gives.
+def chunks(
+    name: str, found: Iterable[Tensor], expected: TensorInfo, room: Room, reader: Reader
+) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor, given by its pieces; what is read from a file lies in the room given.
 
-    Raises FormatError where it is not as expected.
+    Use each chunk before the next. Raises FormatError where the tensor is not as expected.
     """
-    for piece in checked(name, found, expected):
-        flat = piece.detach().to("cpu")
-        run = run_of(flat)
-        yield from run.chunks(buffer) if run is not None else _copied(flat, buffer)
-
-
-def _copied(piece: Tensor, buffer: Buffer) -> Iterator[memoryview]:
-    """Copy a tensor in memory of any layout, as many rows at a time as fit."""
     import torch
 
-    row = piece[:1].nbytes if piece.ndim else 0
-    if piece.is_contiguous() or row > BUFFER_SIZE:
-        piece, row = piece.reshape(-1), piece.element_size()
-    if not piece.numel():
-        return
-    for block in piece.split(max(1, BUFFER_SIZE // row)):
-        room = buffer()[: block.nbytes]
-        torch.frombuffer(room, dtype=block.dtype).view(block.shape).copy_(block)
-        yield room
+    for piece in checked(name, found, expected):
+        flat = piece.detach().to("cpu")
+        if (run := run_of(flat)) is not None:
+            yield from reader.chunks(run, room)
+            continue
+        for block in _blocks(flat):
+            yield block.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _blocks(piece: Tensor) -> Sequence[Tensor]:
+    """Return the rows of a tensor, a few at a time where it does not lie in one run of memory."""
+    if piece.is_contiguous():
+        return [piece]
+    return piece.split(max(1, BLOCK_SIZE // max(1, piece[:1].nbytes)))

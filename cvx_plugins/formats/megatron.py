@@ -23,7 +23,7 @@ from cvx_io.regroup import listed
 from cvx_io.rename import IDENTITY, Names, Split
 from cvx_io.tensors.archive import Archive, torch_archive
 from cvx_io.tensors.pickles import load_pickle
-from cvx_io.tensors.stored import Stored
+from cvx_io.tensors.stored import Reader, Stored
 from cvx_io.tensors.unpickle import Inert
 from cvx_plugins.formats import MegatronConfig
 
@@ -140,10 +140,12 @@ class Megatron:
     def _write_stage(self, folders: Sequence[Path], stage: _Stage, plan: _Plan) -> None:
         """Write a stage's files for every tensor-parallel rank in one pass over its tensors."""
         with ExitStack() as stack:
+            reader = stack.enter_context(Reader())
             archives: list[Archive] = []
             for folder in folders:
                 folder.mkdir(parents=True)
-                archives.append(stack.enter_context(torch_archive(folder / WEIGHTS, stage.parts, self._wrap)))
+                made = torch_archive(folder / WEIGHTS, stage.parts, self._wrap, reader)
+                archives.append(stack.enter_context(made))
             for key, name in stage.wholes.items():
                 whole = list(pieces(plan.foreign, name))
                 for rank, archive in enumerate(archives):
