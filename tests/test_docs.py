@@ -34,6 +34,10 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/clips.jsonl").write_text("")
     (tmp_path / "prompts.txt").write_text("a cat\n")
+    for folder in ("runs/cache", "data/latents", "data/texts"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("data/clips.csv", "data/empty.npz"):
+        (tmp_path / file).write_bytes(b"")
     (tmp_path / "runs/cats/adapter").mkdir(parents=True)
     (tmp_path / "style.safetensors").write_bytes(b"")
     monkeypatch.chdir(tmp_path)

@@ -113,7 +113,9 @@ def test_training_from_the_cache_is_training_from_the_clips_bit_for_bit(
     assert (launch(cached) / "log.jsonl").read_bytes() == expected
     assert (built[-1].autoencoder, built[-1].text_encoder) == (None, None)
     assert built[-1].predictor is not None
-    again = launch(cached, output=str(folder.parent / "again"), **{"loader.workers": 1})
+    elsewhere = {"output": str(folder.parent / "again"), "loader.workers": 1}
+    launch(cached, **elsewhere, **{"task.stop_at": 2})
+    again = launch(cached, **elsewhere, **{"task.resume": "auto"})
     assert (again / "log.jsonl").read_bytes() == expected
     log = [json.loads(line) for line in expected.splitlines()]
     assert len({line["loss"] for line in log}) == 3
