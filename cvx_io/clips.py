@@ -11,12 +11,13 @@ from PIL import Image, ImageOps
 
 from cvx_core.errors import FormatError
 from cvx_core.interfaces import Reader, Row
+from cvx_io.members import open_binary
 
 
 def read_still(path: Path) -> np.ndarray:
     """Return an image (H,W,3) uint8, upright. Raises FormatError."""
     try:
-        with Image.open(path) as image:
+        with open_binary(path) as file, Image.open(file) as image:
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise FormatError(

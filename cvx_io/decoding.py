@@ -18,6 +18,7 @@ from PIL import Image
 from cvx_core.errors import FormatError
 from cvx_core.interfaces import Reader, Row
 from cvx_io.clips import Facts, is_still, read_still
+from cvx_io.members import open_binary
 
 THUMBNAIL = 160  # pixels, longer side
 AT_ONCE = 16  # frames of a clip that are in memory
@@ -66,8 +67,11 @@ def _thumbnail(pixels: Any) -> bytes:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with open_binary(path) as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def decode_all(

@@ -7,11 +7,15 @@ from collections.abc import Iterable
 from cvx_core import Component, hookimpl
 from cvx_plugins.datasets import cached_config
 from cvx_plugins.datasets.config import (
+    AnnotationConfig,
     CsvConfig,
+    FolderConfig,
+    HfFolderConfig,
     JsonlConfig,
     PromptsConfig,
     PromptsVideosConfig,
     SyntheticConfig,
+    WebdatasetConfig,
 )
 
 
@@ -30,6 +34,34 @@ def cvx_components() -> Iterable[Component]:
         CsvConfig,
         "cvx_plugins.datasets.tables:CsvTable",
         summary="a table with a header line",
+    )
+    yield Component(
+        "dataset",
+        "annotation",
+        AnnotationConfig,
+        "cvx_plugins.datasets.annotation:Annotation",
+        summary="JSON with records at any depth, such as annotation.json",
+    )
+    yield Component(
+        "dataset",
+        "folder",
+        FolderConfig,
+        "cvx_plugins.datasets.folders:Folder",
+        summary="clips with text files of the same stem",
+    )
+    yield Component(
+        "dataset",
+        "hf-folder",
+        HfFolderConfig,
+        "cvx_plugins.datasets.folders:HfFolder",
+        summary="a folder with metadata.jsonl or metadata.csv",
+    )
+    yield Component(
+        "dataset",
+        "webdataset",
+        WebdatasetConfig,
+        "cvx_plugins.datasets.shards:Webdataset",
+        summary="tar shards, read without unpacking",
     )
     yield Component(
         "dataset",

@@ -58,6 +58,62 @@ class CsvConfig(_IndexConfig):
     """What separates the columns."""
 
 
+class AnnotationConfig(_IndexConfig):
+    """Fields of `annotation`: JSON with records at any depth, in lists or under names."""
+
+    video_key: Key = "path"
+    """Key of the video's path in a record."""
+    caption_key: Key = "cap"
+    """Key of the caption: a string, or a list of which one is drawn each epoch."""
+
+
+class FolderConfig(Config):
+    """Fields of `folder`: clips and images, each with a text file of the same stem beside it."""
+
+    path: InputPath | None = None
+    """The folder; those inside it are searched too."""
+    suffixes: tuple[Key, ...] = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".png", ".jpg", ".jpeg", ".webp")
+    """Endings of media files; other files are not looked at."""
+    caption_suffix: Key = ".txt"
+    """Ending of the text files."""
+
+    def check(self, spec: Spec) -> Iterable[Problem]:
+        if self.path is None:
+            yield Problem("path", "is missing; name the folder.")
+
+
+class HfFolderConfig(Config):
+    """Fields of `hf-folder`: a folder with metadata.jsonl or metadata.csv, as on the Hugging Face hub."""
+
+    path: InputPath | None = None
+    """The folder; file names start from it."""
+    caption_key: Key = "text"
+    """Key, or column, of the caption."""
+    file_key: Key = "file_name"
+    """Key, or column, of the file's name."""
+
+    def check(self, spec: Spec) -> Iterable[Problem]:
+        if self.path is None:
+            yield Problem("path", "is missing; name the folder.")
+
+
+class WebdatasetConfig(Config):
+    """Fields of `webdataset`: tar shards whose members with one stem make a row. Nothing is unpacked."""
+
+    path: InputPath | None = None
+    """A shard, or a folder of shards (*.tar)."""
+    suffixes: tuple[Key, ...] = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".png", ".jpg", ".jpeg", ".webp")
+    """Endings of media members."""
+    caption_suffix: Key = ".txt"
+    """Ending of the members with captions; .json ones are objects, see `caption_key`."""
+    caption_key: Key = "caption"
+    """Key of the caption where caption_suffix is .json."""
+
+    def check(self, spec: Spec) -> Iterable[Problem]:
+        if self.path is None:
+            yield Problem("path", "is missing; name a shard or a folder of shards.")
+
+
 class PromptsVideosConfig(Config):
     """Fields of `prompts-videos`."""
 

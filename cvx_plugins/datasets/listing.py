@@ -30,7 +30,7 @@ class Listing:
         place = str(source or self.source)
         self._problems.append((f"{place}:{line}" if line is not None else place, message))
 
-    def media(self, text: str, line: int, what: str, root: Path | None = None) -> Path | None:
+    def media(self, text: str, line: int | None, what: str, root: Path | None = None) -> Path | None:
         """Return the absolute path of a media file; a missing one is a problem."""
         path = Path(os.path.abspath((root or self.root) / text.strip()))  # noqa: PTH100 (keeps links as named)
         if not path.is_file():

@@ -42,6 +42,13 @@ def cvx_components() -> Iterable[Component]:
     )
     yield Component(
         "reader",
+        "torchcodec",
+        ReaderConfig,
+        "cvx_plugins.readers.torchcodec_reader:build",
+        summary="torchcodec, installed apart; refuses rotated files and those that decord refuses",
+    )
+    yield Component(
+        "reader",
         "auto",
         AutoConfig,
         "cvx_plugins.readers.auto_reader:build",

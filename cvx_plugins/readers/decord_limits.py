@@ -6,6 +6,7 @@ converts deep colour by other rules; and it takes a padded row for more colour c
 
 from __future__ import annotations
 
+from cvx_io.members import locate
 from cvx_plugins.readers.index import Index
 
 SEEKABLE_CONTAINERS = ("mov", "matroska")
@@ -14,6 +15,8 @@ SEEKABLE_CONTAINERS = ("mov", "matroska")
 def obstacles(index: Index) -> tuple[str, ...]:
     """Return what keeps decord from reading a file exactly; empty where it does."""
     found = []
+    if locate(index.path) is not None:
+        found.append("a place inside a tar shard")
     if index.container not in SEEKABLE_CONTAINERS:
         found.append(f"a container of type {index.container}")
     elif not index.is_plain:

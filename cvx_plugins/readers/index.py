@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import av
 
 from cvx_core.errors import FormatError
+from cvx_io.members import address, is_there, num_bytes
 
 UNTIMED_CONTAINERS = ("avi",)  # their timestamps count packets in decoding order, not frames as shown
 ALLOWED_GAP_S = 1.0
@@ -80,11 +81,11 @@ class Packet(NamedTuple):
 
 def scan(path: Path) -> Index:
     """Return the index of a file. Raises FormatError where it is missing, no video, truncated or damaged."""
-    if not path.is_file():
+    if not is_there(path):
         raise FormatError(f"{path}: no such video file. Check the path in the dataset's index.")
-    if path.stat().st_size == 0:
+    if num_bytes(path) == 0:
         raise FormatError(f"{path}: the file is empty. Copy or download it again.")
-    with explained(path), av.open(str(path)) as container:
+    with explained(path), av.open(address(path)) as container:
         stream = video_stream(container, path)
         packets = _packets(container, stream, path)
         _check_complete(container, stream, packets, path)
@@ -176,7 +177,7 @@ def _check_complete(container: Any, stream: Any, packets: list[Packet], path: Pa
 
 def _geometry(path: Path) -> tuple[int, int, int]:
     """Return height and width as shown, and the rotation, from the first decodable frame."""
-    with av.open(str(path)) as container:
+    with av.open(address(path)) as container:
         stream = video_stream(container, path)
         stream.thread_type = "SLICE"  # frame threads would decode several frames to give one
         frame = next(container.decode(stream), None)

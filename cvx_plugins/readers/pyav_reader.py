@@ -11,6 +11,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from cvx_core.errors import FormatError
+from cvx_io.members import address
 from cvx_plugins.readers.index import Index, explained, scan, video_stream
 
 
@@ -72,7 +73,7 @@ class PyavClip:
         if self._container is not None:
             self._container.close()
         with explained(self._index.path):
-            self._container = av.open(str(self._index.path))
+            self._container = av.open(address(self._index.path))
         stream = video_stream(self._container, self._index.path)
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = self._threads
