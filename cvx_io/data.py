@@ -15,6 +15,8 @@ from cvx_core.spec import Spec, resolve
 EXAMPLES = """examples:
   cvx data inspect recipe.yaml
   cvx data inspect recipe.yaml --set loader.buckets=bucket.yaml --jobs 4 --out report
+  cvx data convert prompt.txt videos.txt data.jsonl
+  cvx data convert captions.csv data.jsonl --field caption_column=text
 """
 
 
@@ -49,6 +51,16 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--jobs", type=int, default=2, help="processes that decode (2)")
     one.add_argument("--timeout", type=float, default=300, help="seconds that one file may take (300)")
     one.set_defaults(call=_inspect)
+    one = verbs.add_parser("convert", help="turn a listing of clips into data.jsonl")
+    one.add_argument("source", nargs="+", type=Path, help="prompt.txt videos.txt; or one file or folder")
+    one.add_argument("target", type=Path, help="the file to write")
+    one.add_argument("--from", dest="kind", metavar="DATASET", help="what reads the source, if not guessed")
+    one.add_argument(
+        "--field", action="append", default=[], metavar="KEY=TEXT", help="a field of that dataset"
+    )
+    one.add_argument("--skip-bad", action="store_true", help="leave out what is wrong, and say it")
+    one.add_argument("--force", action="store_true", help="replace the target")
+    one.set_defaults(call=_convert)
     return parser
 
 
@@ -57,6 +69,26 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.jobs < 1 or args.timeout <= 0:
         raise CvxError("--jobs and --timeout must be positive.")
     return report(spec, args.out or spec.output / "data", args.jobs, args.timeout)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from cvx_io.data_convert import guess, list_rows, write_jsonl
+
+    if args.target.exists() and not args.force:
+        raise CvxError(f"{args.target} exists. Name another file, or replace it by --force.")
+    given = dict(text.partition("=")[::2] for text in args.field)
+    if args.kind is None:
+        kind, fields = guess(args.source)
+    elif len(args.source) == 1:
+        kind, fields = args.kind, {"path": args.source[0]}
+    else:
+        kind, fields = args.kind, dict(zip(("prompts", "videos"), args.source, strict=False))
+    rows, bad = list_rows(kind, {**fields, **given}, args.skip_bad)
+    write_jsonl(rows, args.target)
+    for text in bad:
+        print(f"left out: {text}")
+    print(f"{args.target}: {len(rows)} rows of {kind}" + (f", {len(bad)} problems left out" if bad else ""))
+    return 0
 
 
 def report(spec: Spec, folder: Path, jobs: int, timeout_s: float) -> int:

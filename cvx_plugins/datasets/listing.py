@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cvx_core.errors import FormatError, ListingError
 from cvx_core.interfaces import Row
+from cvx_io.members import is_there
 
 SHOWN = 20
 
@@ -33,7 +34,7 @@ class Listing:
     def media(self, text: str, line: int | None, what: str, root: Path | None = None) -> Path | None:
         """Return the absolute path of a media file; a missing one is a problem."""
         path = Path(os.path.abspath((root or self.root) / text.strip()))  # noqa: PTH100 (keeps links as named)
-        if not path.is_file():
+        if not is_there(path):
             self.problem(line, f"{what} {str(path)!r} does not exist.")
             return None
         return path
