@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   cvx run recipe.yaml --set task.steps=100
   cvx check recipe.yaml
   cvx convert CogVideoX-2b-sat/transformer out/transformer --to hf
+  cvx import-recipe train.sh recipe.yaml
   cvx report runs/tiny
   cvx plugins predictor
   cvx schema > cvx.schema.json
@@ -43,6 +44,11 @@ def _cache(argv: Sequence[str]) -> int:
     return code
 
 
+def _import(argv: Sequence[str]) -> int:
+    code: int = importlib.import_module("cvx_io.import_recipe").main(argv)
+    return code
+
+
 def _report(argv: Sequence[str]) -> int:
     code: int = importlib.import_module("cvx_io.report").main(argv)
     return code
@@ -58,6 +64,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "check": (_check, "resolve and check a recipe, build nothing"),
     "convert": (_convert, "convert weights from any format to any other"),
     "cache": (_cache, "look after a feature cache: verify, stats, prune"),
+    "import-recipe": (_import, "write the recipe of a training script of another project"),
     "report": (_report, "write report.html of a run: curves, clips, data account"),
     "data": (_data, "look at the clips of a recipe, and convert listings of clips"),
     "plugins": (_plugins, "list the installed components, all or of one kind"),
@@ -70,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in VERBS:
         return VERBS[argv[0]][0](argv[1:])
-    verbs = "\n".join(f"  {name:10}{text}" for name, (_, text) in VERBS.items())
+    verbs = "\n".join(f"  {name:15}{text}" for name, (_, text) in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="cvx",
         usage="cvx VERB ...",
