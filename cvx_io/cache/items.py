@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from cvx_core.errors import FormatError
+from cvx_core.errors import CvxError, FormatError
 from cvx_io.atomic import atomic_file
 from cvx_io.tensors.header import read_header
 
@@ -60,7 +60,11 @@ def path_of(folder: Path, kind: str, key: str) -> Path:
 
 
 def write_item(folder: Path, kind: Kind, ingredients: Ingredients, tensors: Sequence[Tensor]) -> Path:
-    """Write an item atomically; returns its file. Raises FormatError for values that are not finite."""
+    """Write an item atomically; returns its file.
+
+    Raises FormatError for values that are not finite, CvxError where the disk does not take it.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     named = {name: t.detach().cpu().contiguous() for name, t in zip(_TENSORS[kind], tensors, strict=True)}
@@ -77,8 +81,14 @@ def write_item(folder: Path, kind: Kind, ingredients: Ingredients, tensors: Sequ
         "ingredients": json.dumps(ingredients, sort_keys=True),
         "digest": _digest(named.values()),
     }
-    with atomic_file(path) as partial:
-        save_file(named, partial, facts)
+    try:
+        with atomic_file(path) as partial:
+            save_file(named, partial, facts)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CvxError(
+            f"{path}: cannot be written: {reason}. All other items are kept; make room, and run it again."
+        ) from error
     return path
 
 

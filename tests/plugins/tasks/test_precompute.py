@@ -1,5 +1,6 @@
 """Features encoded once: training on them is training on the clips; only what changed is encoded again."""
 
+import errno
 import json
 import os
 import shutil
@@ -16,13 +17,14 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cvx_core import FormatError, RecipeError
+from cvx_core import CvxError, FormatError, RecipeError
 from cvx_core.building import build
 from cvx_core.interfaces import Features
 from cvx_core.placing import place
 from cvx_core.random import Draws
 from cvx_core.recipe import parse
 from cvx_core.spec import resolve
+from cvx_io import atomic
 from cvx_io.cache import __main__ as command
 from cvx_io.cache.items import items_in
 from cvx_io.video_write import write_mp4
@@ -334,6 +336,27 @@ def test_an_end_in_the_middle_keeps_what_is_complete(recipes, launch, monkeypatc
     folder = launch(made)
     assert sum(encoded(folder).values()) == 8 - 4
     launch(cached)
+
+
+def test_a_full_disk_ends_the_run_in_words_and_keeps_what_is_complete(recipes, launch, monkeypatch):
+    made, _, _ = recipes()
+    folder, real, count = Path(made["output"]), atomic._sync, []
+
+    def sync(path):
+        count.append(path)
+        if "text" in str(path) and len(list(items_in(folder))) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path)
+
+    monkeypatch.setattr(atomic, "_sync", sync)
+    with pytest.raises(
+        CvxError, match=r"cannot be written: No space left on device. All other items are kept"
+    ):
+        launch(made)
+    monkeypatch.setattr(atomic, "_sync", real)
+    assert not list(folder.rglob("*.partial"))
+    launch(made)
+    assert sum(encoded(folder).values()) == 8 - 3
 
 
 @pytest.mark.slow
