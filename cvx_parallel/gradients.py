@@ -42,9 +42,14 @@ def clip(params: Sequence[Tensor], most: float | None, mesh: Mesh) -> Tensor:
     """
     norm = total_norm(params, mesh)
     if most is not None:
-        for group in _by(lambda param: getattr(param.grad, "device_mesh", None), params).values():
-            torch.nn.utils.clip_grads_with_norm_(group, most, norm)
+        shrink(params, most, norm)
     return norm
+
+
+def shrink(params: Sequence[Tensor], most: float, norm: Tensor) -> None:
+    """Scale all gradients, whose norm over the whole model is `norm`, so that it is at most `most`."""
+    for group in _by(lambda param: getattr(param.grad, "device_mesh", None), params).values():
+        torch.nn.utils.clip_grads_with_norm_(group, most, norm)
 
 
 def total_norm(params: Sequence[Tensor], mesh: Mesh) -> Tensor:

@@ -51,6 +51,10 @@ class LoopConfig(TaskConfig):
     """Newest checkpoints that are kept."""
     async_save: bool = False
     """Write checkpoints while the steps go on, from a copy in host memory (as much again as the state)."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What a loss or a gradient that is not finite does: end the run, or leave out the step and count it."""
+    skip_limit: Positive | None = None
+    """Steps in a row that may be left out; null is 10 with `skip`."""
     ema: EmaConfig | None = None
     """Keep a running average of the weights, such as `{decay: 0.999}`; null keeps none."""
     resume: Literal["none", "auto"] | InputPath = "none"
@@ -68,6 +72,8 @@ class LoopConfig(TaskConfig):
             raise ValueError(f"stop_at {self.stop_at} is past steps {self.steps}; leave it out.")
         if self.warmup > self.steps:
             raise ValueError(f"warmup {self.warmup} is longer than steps {self.steps}; shorten it.")
+        if self.skip_limit is not None and self.non_finite == "stop":
+            raise ValueError("skip_limit has no meaning with non_finite: stop. Set skip, or leave it out.")
         return self
 
 

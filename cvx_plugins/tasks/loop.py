@@ -6,11 +6,12 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,8 +27,8 @@ from cvx_io import resume
 from cvx_io.loader import Cursor, Loader
 from cvx_io.progress import progress
 from cvx_io.saver import Saver
-from cvx_parallel.gradients import clip
-from cvx_plugins.tasks import LoopConfig, checkpoint
+from cvx_parallel.gradients import shrink, total_norm
+from cvx_plugins.tasks import LoopConfig, checkpoint, guards
 from cvx_plugins.tasks.ema import Ema
 from cvx_plugins.tasks.record import Record, write_facts
 from cvx_plugins.tasks.schedule import lr_scale
@@ -37,12 +38,35 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # names, so that an
 StepFunction = Callable[[Work], Tensor]
 """Returns the loss of this rank's rows; leaves gradients of loss / accumulate."""
 Stream = Callable[[Iterator[Work]], Iterator[Work]]
+Drawn = Callable[[Work], Sequence[str]]
+"""Says what was drawn for each row of a batch, such as its timestep."""
+SKIPS = 10
+"""Steps in a row that may be left out where the recipe does not say."""
+MOST_RANKS = 4096
+
+
+class Done(NamedTuple):
+    """The batches of one step: the cursor after them, their mean loss, their rows, those of all ranks, and
+    why no step can be made of them.
+    """
+
+    cursor: Cursor
+    loss: float
+    rows: list[str]
+    fault: str | None
 
 
 class Loop:
     """One training run of one module."""
 
-    def __init__(self, config: LoopConfig, parts: Parts, spec: Spec, module: nn.Module):
+    def __init__(
+        self,
+        config: LoopConfig,
+        parts: Parts,
+        spec: Spec,
+        module: nn.Module,
+        drawn: Drawn = lambda work: [""] * len(work.batch.rows),
+    ):
         assert parts.make_optimizer is not None
         self._config, self._spec, self._module, self._device = config, spec, module, parts.device
         self._loaded, self._mesh, self._before_update = parts.loaded, parts.mesh, parts.before_update
@@ -54,6 +78,7 @@ class Loop:
         self._ema = Ema(config.ema, self._named) if config.ema is not None else None
         self._folder = spec.output / "checkpoints"
         self._facts = checkpoint.facts(parts, spec)
+        self._drawn, self._changed, self._skipped, self._in_a_row = drawn, True, 0, 0
 
     def run(self, loader: Loader, step_function: StepFunction, encode: Stream | None = None) -> bool:
         """Train up to `steps` or `stop_at`. Returns whether `steps` was reached; saves in every case.
@@ -81,21 +106,33 @@ class Loop:
             while step < last and not self._agreed(stopping()):
                 began = time.perf_counter()
                 saver.check()
-                cursor, loss, rows = self._accumulate(stream, step, step_function, loader)
-                norm = self._update(step)
+                done = self._accumulate(stream, step, step_function, loader)
+                cursor, rows = done.cursor, done.rows
+                norm, fault = self._update(step, done.fault)
                 step += 1
                 if self._ema is not None:
                     self._ema.update(step)
-                if step % config.log_every == 0 or step == last:
-                    exact = {"loss": loss, "lr": self._lr(), "grad_norm": norm, "rows": rows}
+                if step % config.log_every == 0 or step == last or fault is not None:
+                    exact: dict[str, Any] = {
+                        "loss": done.loss,
+                        "lr": self._lr(),
+                        "grad_norm": norm,
+                        "rows": rows,
+                    }
+                    if fault is not None:
+                        exact = {"skipped": fault, "lr": self._lr(), "rows": rows}
                     if records is not None:
                         records.write(step, exact, self._speed(began, len(rows)))
-                bar.step(f"loss {loss:.4f}")
+                bar.step(f"loss {done.loss:.4f}")
                 if config.save_every is not None and step % config.save_every == 0:
                     saved = self._save(saver, step, cursor, loader)
+            if step == last:
+                self._agreed(False)  # what the last step did
             if saved != step:
                 self._save(saver, step, cursor, loader)
             self._mark("")
+        if self._skipped and self._mesh.is_first:
+            log.warning("%d steps were left out; log.jsonl says which and why", self._skipped)
         if self._ema is not None and self._ema.is_exported and step == config.steps:
             self._ema.put_in_place()
         return step == config.steps
@@ -118,49 +155,71 @@ class Loop:
 
     def _accumulate(
         self, stream: Iterator[Work], step: int, step_function: StepFunction, loader: Loader
-    ) -> tuple[Cursor, float, list[str]]:
-        """Run the batches of one optimizer step; return the cursor after them, their mean loss and their
-        rows, those of all ranks.
+    ) -> Done:
+        """Run the batches of one optimizer step. Raises CvxError where a loss is not finite, unless such
+        steps are left out.
         """
-        total, rows = 0.0, []
+        total, rows, faults = 0.0, [], []
         for k in range(self._config.accumulate):
             self._mark(f"step {step + 1} (data)")
             work = next(stream)
             self._mark(f"step {step + 1}")
-            self._before_update(k == self._config.accumulate - 1)
-            # Dropout draws from torch's own generator; so what it drops is the same after a resume.
-            place = self._mesh.place("loss")
-            torch.manual_seed(keyed(work.draws.seed, "torch", work.draws.number, place).initial_seed())
-            own = step_function(work)
+            own = self._run(step_function, work, k)
             loss = float(self._mean(own.clone()))
-            names = [row.id for row in loader.rows_before(work.cursor)]
             if not math.isfinite(loss):
-                names = self._not_finite(own, names)
-                raise CvxError(
-                    f"step {step + 1}: the loss is {loss} on rows {', '.join(names)}. "
-                    "Nothing of this step was kept; lower optimizer.lr, or look at these clips."
-                )
+                again = partial(self._run, step_function, work, k)
+                seen = guards.look(work, self._module, again, self._drawn(work))
+                told = guards.told(None if math.isfinite(float(own)) else seen, self._mesh)
+                faults.append(f"the loss is {loss}: {told}")
+                self._refuse(step, faults[0])
             total += loss / self._config.accumulate
-            rows += names
-        return work.cursor, total, rows
+            rows += [row.id for row in loader.rows_before(work.cursor)]
+        return Done(work.cursor, total, rows, faults[0] if faults else None)
+
+    def _run(self, step_function: StepFunction, work: Work, k: int) -> Tensor:
+        """Run batch k of a step; return this rank's loss."""
+        self._before_update(k == self._config.accumulate - 1)
+        # Dropout draws from torch's own generator; so what it drops is the same after a resume.
+        place = self._mesh.place("loss")
+        torch.manual_seed(keyed(work.draws.seed, "torch", work.draws.number, place).initial_seed())
+        return step_function(work)
+
+    def _refuse(self, step: int, fault: str) -> None:
+        """End the run at a step that cannot be made, unless such steps are left out."""
+        if self._config.non_finite == "stop":
+            raise CvxError(
+                f"step {step + 1}: {fault}. Nothing of this step was kept; lower optimizer.lr, look at these "
+                "clips, or leave out such steps with task.non_finite: skip."
+            )
+
+    def _skip(self, step: int, fault: str) -> None:
+        """Count a step that is left out. Raises CvxError where there are too many in a row."""
+        self._skipped, self._in_a_row = self._skipped + 1, self._in_a_row + 1
+        if self._mesh.is_first:
+            log.warning("step %d is left out, number %d of this run: %s", step + 1, self._skipped, fault)
+        if self._in_a_row > (limit := self._config.skip_limit or SKIPS):
+            raise CvxError(
+                f"step {step + 1}: {limit + 1} steps in a row had to be left out, more than "
+                f"task.skip_limit allows; the last one: {fault}. Lower optimizer.lr, or look at the weights."
+            )
 
     def _agreed(self, stop: bool) -> bool:
-        """Return whether any rank was asked to stop: all stop after the same step."""
-        if self._mesh.degrees.world == 1:
-            return stop
-        asked = torch.tensor(float(stop))
-        dist.all_reduce(asked)
-        return bool(asked > 0)
+        """Return whether any rank was asked to stop: all stop after the same step.
 
-    def _not_finite(self, loss: Tensor, names: list[str]) -> list[str]:
-        """Return, of the rows of all ranks, those of the ranks whose own loss is not finite."""
-        world = self._mesh.size("batch")
-        if (group := self._mesh.group("batch")) is None:
-            return names
-        losses = [torch.zeros_like(loss) for _ in range(world)]
-        dist.all_gather(losses, loss, group=group)
-        bad = [rank for rank, value in enumerate(losses) if not math.isfinite(float(value))]
-        return [name for rank in bad for name in names[rank::world]]
+        Raises CvxError, on all ranks, where the step before changed no parameter on any.
+        """
+        changed = self._changed
+        if self._mesh.degrees.world > 1:
+            both = torch.tensor(stop + MOST_RANKS * changed, dtype=torch.float32)  # one message for both
+            dist.all_reduce(both)
+            changed, stop = bool(both >= MOST_RANKS), bool(both % MOST_RANKS > 0)
+        if not changed:
+            raise CvxError(
+                "the last step changed no parameter, so nothing is learned. Its updates may be too small for "
+                f"the weights' precision, or the learning rate, {self._lr():g}, is 0: raise optimizer.lr, or "
+                "keep the weights in float32."
+            )
+        return stop
 
     def _mean(self, loss: Tensor) -> Tensor:
         """Return the mean of a loss over the ranks that read different rows."""
@@ -169,24 +228,36 @@ class Loop:
             loss = loss / self._mesh.size("batch")
         return loss
 
-    def _update(self, step: int) -> float:
-        """Clip, step and clear the gradients; return the norm before clipping."""
+    def _update(self, step: int, fault: str | None) -> tuple[float | None, str | None]:
+        """Clip, step and clear the gradients; return the norm before clipping, or why nothing was done.
+
+        fault: why the step cannot be made, if that is known before.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_scale(step, self._config)
         self._after_backward()
-        norm = float(clip([p for _, p in self._named], self._config.grad_clip, self._mesh))
-        if not math.isfinite(norm):
-            bad = [name for name, p in self._named if p.grad is not None and not torch.isfinite(p.grad).all()]
-            raise CvxError(
-                f"step {step + 1}: {len(bad)} gradients are not finite, first {bad[0]!r}. Lower the lr."
-            )
+        params = [p for _, p in self._named]
+        total = total_norm(params, self._mesh)
+        norm = float(total)
+        if fault is None and not math.isfinite(norm):
+            fault = guards.bad_gradients(self._named, self._mesh)
+            self._refuse(step, fault)
+        if fault is not None:
+            self._optimizer.zero_grad(set_to_none=True)
+            self._changed = True
+            self._skip(step, fault)
+            return None, fault
         if norm == 0.0:
             raise CvxError(
                 f"step {step + 1}: every gradient is zero, so nothing would be learned. Is all of it frozen?"
             )
+        if self._config.grad_clip is not None:
+            shrink(params, self._config.grad_clip, total)
+        changed = guards.Changed(params)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return norm
+        self._changed, self._in_a_row = bool(changed), 0
+        return norm, None
 
     def _lr(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])

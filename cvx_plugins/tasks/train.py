@@ -66,7 +66,13 @@ class Train:
         if self._config.text_dropout:
             self._no_text(parts)
         parts.predictor.train()
-        finished = Loop(self._config, parts, spec, parts.predictor).run(loader, step, parts.encode)
+
+        def timesteps(work: Work) -> list[str]:
+            drawn = drawn_timesteps(parts.scheduler, work.draws)
+            return [f"timestep {timestep}" for timestep in drawn.tolist()]
+
+        loop = Loop(self._config, parts, spec, parts.predictor, timesteps)
+        finished = loop.run(loader, step, parts.encode)
         if finished and parts.adapter is not None:
             export_adapter(parts, spec, None if self._config.merge else self._config.export)
         if finished and self._config.export is not None and (parts.adapter is None or self._config.merge):
@@ -122,6 +128,12 @@ def prediction_loss(parts: Parts, features: Features, draws: Draws, timestep: Te
     return objective.error(parts.predictor(noisy, timestep, condition), target)
 
 
+def drawn_timesteps(scheduler: Any, draws: Draws) -> Tensor:
+    """Return the timesteps (B,) int64 of a batch's rows."""
+    drawn = (scheduler.draw(1, g, draws.rank, draws.world) for g in draws.of("timestep"))
+    return torch.cat(list(drawn))
+
+
 class Diffusion:
     """The objective: the scheduler's target, squared error in float32."""
 
@@ -135,8 +147,7 @@ class Diffusion:
         """Return what the predictor is given, in `dtype`, and its target. Every row has draws of its own."""
         latent = features.latent
         if timestep is None:
-            drawn = (self._scheduler.draw(1, g, draws.rank, draws.world) for g in draws.of("timestep"))
-            timestep = torch.cat(list(drawn))
+            timestep = drawn_timesteps(self._scheduler, draws)
         timestep = timestep.to(latent.device)
         noise = torch.stack([torch.randn(latent.shape[1:], generator=g) for g in draws.of("noise")]).to(
             latent.device

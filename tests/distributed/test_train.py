@@ -1,13 +1,17 @@
 """The train task on two ranks: what it logs, saves, exports and goes on from, beside one process."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from cvx_core import run
+from cvx_core import CvxError, run
+from cvx_core.recipe import load
+from cvx_core.spec import resolve
+from cvx_plugins.tasks import loop
 from tests.distributed.harness import on_ranks
 
 RECIPE = """
@@ -107,3 +111,40 @@ def test_exports_in_other_formats_hold_every_parameter(folder, name):
     alone = lines(folder / "one")
     assert again["rows"] == alone[0]["rows"]
     assert again["loss"] < alone[0]["loss"]
+
+
+BROKEN = "transformer_blocks.1.ff.net.2"
+
+
+def run_broken(argv: list[str]) -> str:
+    """Run a recipe whose step 2 has NaN from a module on the last rank; return what the run ended with."""
+    real = loop.Loop._accumulate
+
+    def accumulate(self, stream, step, *rest):
+        part = self._module.get_submodule(BROKEN)
+        on = step == 1 and self._mesh.rank == 1
+        handle = part.register_forward_hook(lambda _m, _args, out: out * float("nan") if on else out)
+        try:
+            return real(self, stream, step, *rest)
+        finally:
+            handle.remove()
+
+    loop.Loop._accumulate = accumulate
+    try:
+        run.run(resolve(load(argv[0], argv[1:]), world=2))
+    except CvxError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("policy", "strategy"), [("stop", "zero3"), ("skip", "ddp")])
+def test_ranks_take_the_same_decision_on_a_batch_of_one_of_them(policy, strategy, tmp_path):
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    settings = [f"output={tmp_path}/out", f"task.non_finite={policy}", f"parallel=[{{use: {strategy}}}]"]
+    ends = on_ranks(2, run_broken, [str(tmp_path / "r.yaml"), *settings])
+    assert ends[0] == ends[1]
+    if policy == "stop":
+        text = rf"step 2: the loss is nan: it begins in '{BROKEN}'\. Rows: \S+ \(timestep \d+\)\. Nothing"
+        assert re.match(text, ends[0])
+    else:
+        assert ["skipped" in line for line in lines(tmp_path / "out")] == [False, True, False, False]

@@ -1,0 +1,121 @@
+"""What stops or leaves out a step that would do harm: values not finite, updates that change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from cvx_core.interfaces import Row, Work
+from cvx_core.mesh import Mesh
+from cvx_parallel.gradients import local
+
+_WATCHED = 256
+"""Values of each parameter that are compared before and after an update."""
+
+
+class Seen(NamedTuple):
+    """What one rank found in a batch whose loss is not finite. rows: with their files and what was drawn."""
+
+    rows: tuple[str, ...]
+    cause: str
+
+
+def look(work: Work, module: nn.Module, again: Callable[[], Any], drawn: Sequence[str]) -> Seen:
+    """Return where values that are not finite come from. again: runs the batch once more.
+
+    drawn: what was drawn for each row of this rank, such as its timestep.
+    """
+    features = work.features._asdict() if work.features is not None else {}
+    bad = [name for name, value in features.items() if not _finite(value)]
+    with first_bad(module) as found:
+        again()
+    if bad:
+        cause = f"it comes with the batch: {' and '.join(bad)} of its rows"
+    elif found:
+        cause = f"it begins in {found[0]}"
+    else:
+        cause = "no module made it of finite values, so it begins in what they are given, or in the loss"
+    return Seen(tuple(map(_named, work.batch.rows, drawn)), cause)
+
+
+def told(mine: Seen | None, mesh: Mesh) -> str:
+    """Return what the ranks found whose own loss is not finite. Collective over the world."""
+    everyone: list[Any] = [mine]
+    if mesh.degrees.world > 1:
+        everyone *= mesh.degrees.world
+        dist.all_gather_object(everyone, mine)
+    seen = [one for one in everyone if one is not None]
+    rows = dict.fromkeys(row for one in seen for row in one.rows)
+    causes = dict.fromkeys(one.cause for one in seen)
+    return f"{'; '.join(causes) or 'the mean of finite losses is too large'}. Rows: {', '.join(rows)}"
+
+
+@contextmanager
+def first_bad(module: nn.Module) -> Iterator[list[str]]:
+    """Yield a list that gets the name of the first module that makes values not finite of finite ones."""
+    found: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def check(part: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not found and not _finite(output) and _finite((args, kwargs)):
+                own = part.named_parameters(recurse=False)
+                broken = [key for key, param in own if not _finite(local(param.detach()))]
+                found.append(f"{name!r}" + (f", whose {broken[0]} is not finite" if broken else ""))
+
+        return check
+
+    handles = [
+        part.register_forward_hook(hook(name or type(part).__name__), with_kwargs=True)
+        for name, part in module.named_modules()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def bad_gradients(named: Sequence[tuple[str, Tensor]], mesh: Mesh) -> str:
+    """Return which gradients are not finite. Collective over the world."""
+    bad = [name for name, p in named if p.grad is not None and not _finite(local(p.grad))]
+    everyone: list[Any] = [bad]
+    if mesh.degrees.world > 1:
+        everyone *= mesh.degrees.world
+        dist.all_gather_object(everyone, bad)
+    found = set().union(*everyone)
+    order = [name for name, _ in named if name in found] or sorted(found)
+    if not order:
+        return "their norm is too large for its precision"
+    return f"{len(found)} gradients are not finite, first on the way back that of {order[-1]!r}"
+
+
+class Changed:
+    """Tells whether an update changed anything: the first values of each parameter that this rank holds."""
+
+    def __init__(self, params: Sequence[Tensor]):
+        self._params = params
+        self._before = self._values()
+
+    def __bool__(self) -> bool:
+        return not torch.equal(self._before, self._values())
+
+    @torch.no_grad()
+    def _values(self) -> Tensor:
+        return torch.cat([local(param.detach()).reshape(-1)[:_WATCHED] for param in self._params])
+
+
+def _finite(value: Any) -> bool:
+    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def _named(row: Row, drawn: str) -> str:
+    facts = [str(row.video)] if row.video is not None else []
+    facts += [drawn] if drawn else []
+    return f"{row.id} ({', '.join(facts)})" if facts else row.id
