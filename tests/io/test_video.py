@@ -169,7 +169,7 @@ def test_a_file_that_is_no_image_is_an_error(tmp_path: Path) -> None:
 
 def test_a_row_gives_its_clip_and_first_frame(reader: Any, shared: Path) -> None:
     row = Row("hiker", video=shared / "data/clips/hiker_tiny.mp4")
-    video, image = read_row(row, reader, Pick(13, 4), 240, 368)
+    video, image, _ = read_row(row, reader, Pick(13, 4), 240, 368)
     clip = reader.open(row.video)
     assert torch.equal(video, fit(clip.frames(range(0, 26, 2)), 240, 368))
     assert torch.equal(image, video[:, 0])
@@ -178,7 +178,7 @@ def test_a_row_gives_its_clip_and_first_frame(reader: Any, shared: Path) -> None
 def test_a_row_with_an_image_keeps_it(tmp_path: Path) -> None:
     Image.new("RGB", (24, 16), (255, 0, 0)).save(tmp_path / "red.png")
     row = Row("x", image=tmp_path / "red.png", make=lambda f, h, w: np.zeros((f, h, w, 3), np.uint8))
-    video, image = read_row(row, None, Pick(2, 8), 16, 24)
+    video, image, _ = read_row(row, None, Pick(2, 8), 16, 24)
     assert video is not None
     assert image is not None
     assert (video == -1).all()
