@@ -68,6 +68,8 @@ class Sample:
         jobs = list(_jobs(parts.dataset.rows(), config.videos_per_prompt, spec.run.seed))
         _check_images(jobs, spec)
         todo = self._todo(jobs, spec, mesh)
+        if mesh.is_first:
+            write_facts(spec, parts.loaded, parts.device, mesh.degrees.world)
         if len(todo) < len(jobs):
             log.info("%d of %d videos are there already", len(jobs) - len(todo), len(jobs))
         batches = [todo[i : i + config.batch] for i in range(0, len(todo), config.batch)]
@@ -80,7 +82,6 @@ class Sample:
         mesh.barrier()
         if not mesh.is_first:
             return
-        write_facts(spec, parts.loaded, parts.device, mesh.degrees.world)
         if config.sheet:
             self._write_sheet(folder, jobs, spec)
         end(folder, "Ended, all videos are there")
