@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cvx_core.errors import FormatError
 from cvx_core.interfaces import Deps, Row
@@ -67,8 +66,5 @@ class FeatureCache:
             caption: path_of(self.folder, "text", key)
             for caption, key in zip(captions, listed.texts, strict=True)
         }
-        return Row(listed.id, listed.captions, features=Features(items, texts), meta=dict(_plain(listed)))
-
-
-def _plain(listed: Listed) -> Mapping[str, Any]:
-    return {"sources": dict(listed.sources)} if listed.sources else {}
+        meta = {"sources": dict(listed.sources)}
+        return Row(listed.id, listed.captions, features=Features(items, texts), meta=meta)
