@@ -39,6 +39,9 @@ class VideoConfig(Config):
     """A clip with fewer frames than asked for is an error, or has its last frame repeated."""
 
 
+_TABLE_OR_PATH: Any = {"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]}
+
+
 class LoaderConfig(Config):
     """How rows become batches."""
 
@@ -50,7 +53,9 @@ class LoaderConfig(Config):
     """Draw a new order every epoch, keyed by seed and epoch."""
     drop_last: bool = True
     """Leave out the rows of an epoch that do not fill a batch; they are counted in the data account."""
-    buckets: Annotated[BucketTable | None, PathRole(must_exist=True)] = None
+    buckets: Annotated[
+        BucketTable | None, PathRole(must_exist=True), Field(json_schema_extra=_TABLE_OR_PATH)
+    ] = None
     """Resolution -> frames -> [keep_prob, batch], or the path of a YAML file with that: clips are sorted by
     their size and length, and a batch has clips of one bucket. null: one bucket, of the recipe's `video`.
     """
@@ -105,6 +110,9 @@ class LoaderConfig(Config):
                 "buckets",
                 f"task {task.name!r} works at one geometry. Remove them (--set loader.buckets=null).",
             )
+        if getattr(spec.config("dataset"), "replaces", ()):
+            name = spec.name_of("dataset")
+            yield Problem("buckets", f"sort clips, and dataset {name!r} gives encoded ones. Remove them.")
         usual = {name: field.default for name, field in VideoConfig.model_fields.items()}
         usual |= {name: value for (owner, name), value in spec.card.defaults().items() if owner == "video"}
         for name in ("frames", "height", "width"):

@@ -7,8 +7,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from cvx_core import FormatError, RecipeError
+from cvx_core import FormatError, RecipeError, Registry
 from cvx_core.recipe import parse
+from cvx_core.schema import schema
 from cvx_core.spec import resolve
 from cvx_io.video_write import write_mp4
 from tests.plugins.tasks.test_train import same, state_of
@@ -121,3 +122,17 @@ def test_settings_that_buckets_leave_without_meaning_are_refused(tiny):
     tiny["video"], tiny["task"]["memory"] = {"fps": 8}, True
     with pytest.raises(RecipeError, match="keeps one latent per row"):
         resolve(parse(yaml.safe_dump(tiny)))
+
+
+def test_editors_may_offer_a_path_or_a_table():
+    loader = schema(Registry.discover())["properties"]["loader"]
+    kinds = {kind["type"] for kind in loader["properties"]["buckets"]["anyOf"]}
+    assert kinds == {"object", "string", "null"}
+
+
+def test_buckets_do_not_sort_what_is_encoded(tiny, tmp_path):
+    (tmp_path / "cache").mkdir()
+    tiny["dataset"] = {"use": "feature-cache", "path": "cache"}
+    tiny["loader"], tiny["video"] = {"buckets": {"32x48": {9: [1.0, 2]}}}, {"fps": 8}
+    with pytest.raises(RecipeError, match="dataset 'feature-cache' gives encoded ones"):
+        resolve(parse(yaml.safe_dump(tiny), base=tmp_path))
