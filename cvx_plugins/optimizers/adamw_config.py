@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cvx_core import Config
+from cvx_plugins.optimizers.group_config import GroupConfig
 
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -27,3 +28,5 @@ class AdamWConfig(Config):
     """Also decay biases, norm weights and whatever else has fewer than two dimensions."""
     fused: Literal["auto"] | bool = "auto"
     """One kernel for all parameters; `auto` uses it on cuda and cpu, where it is fastest."""
+    groups: tuple[GroupConfig, ...] = ()
+    """Parameters with settings of their own, as `{match: "*.ff.*", lr: 1e-5}`; the first match counts."""

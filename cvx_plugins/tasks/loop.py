@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from cvx_core import device as devices
 from cvx_core.errors import CvxError
-from cvx_core.interfaces import ParamGroup, Parts, Work
+from cvx_core.interfaces import Parts, Work
 from cvx_core.random import Draws, keyed
 from cvx_core.spec import Spec
 from cvx_io import resume
@@ -30,6 +30,7 @@ from cvx_io.saver import Saver
 from cvx_parallel.gradients import shrink, total_norm
 from cvx_plugins.tasks import LoopConfig, checkpoint, guards
 from cvx_plugins.tasks.ema import Ema
+from cvx_plugins.tasks.groups import grouped
 from cvx_plugins.tasks.record import Record, write_facts
 from cvx_plugins.tasks.schedule import lr_scale
 
@@ -72,7 +73,8 @@ class Loop:
         self._loaded, self._mesh, self._before_update = parts.loaded, parts.mesh, parts.before_update
         self._after_backward, self._mark, self._trains = parts.after_backward, parts.mark, parts.trains
         self._named = [(name, p) for name, p in module.named_parameters() if name in parts.trainable]
-        self._optimizer = parts.make_optimizer([ParamGroup(self._named, {})])
+        groups = getattr(spec.config("optimizer"), "groups", ())
+        self._optimizer = parts.make_optimizer(grouped(self._named, groups, parts.elsewhere))
         for group in self._optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         self._ema = Ema(config.ema, self._named) if config.ema is not None else None

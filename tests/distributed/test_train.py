@@ -148,3 +148,22 @@ def test_ranks_take_the_same_decision_on_a_batch_of_one_of_them(policy, strategy
         assert re.match(text, ends[0])
     else:
         assert ["skipped" in line for line in lines(tmp_path / "out")] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("strategy", ["{use: zero1}", "{use: pp, size: 2}"])
+def test_groups_of_parameters_are_those_of_one_process(strategy, tmp_path):
+    groups = "[{match: '*.1.attn1.*', lr: 1e-1}, {match: '*.ff.*', weight_decay: 9}]"
+    own = f"{{use: adamw, lr: 1e-3, groups: {groups}}}"
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("{use: adamw, lr: 1e-3}", own))
+    batch = 2 if "pp" in strategy else 1
+    one = [str(tmp_path / "r.yaml"), f"--set=output={tmp_path}/one", "--set=loader.batch=2"]
+    two = [
+        one[0],
+        f"--set=output={tmp_path}/two",
+        f"--set=loader.batch={batch}",
+        f"--set=parallel=[{strategy}]",
+    ]
+    assert on_ranks(1, run_all, [one]) + on_ranks(2, run_all, [two]) == [[0]] * 3
+    for mine, other in zip(lines(tmp_path / "two"), lines(tmp_path / "one"), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
