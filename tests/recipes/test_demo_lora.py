@@ -1,0 +1,53 @@
+"""The demo's LoRA on a base of a shorter training: the new motion with it, not without it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cvx_core import run
+
+DEMO = Path(__file__).resolve().parents[2] / "recipes/demo"
+SHORTER = ("task.steps=500", "task.warmup=30", "optimizer.lr=1.5e-3", "loader.batch=16")
+
+
+def script(name, *arguments):
+    """Run one of the demo's scripts."""
+    subprocess.run([sys.executable, str(DEMO / name), *map(str, arguments)], check=False, timeout=300)
+
+
+def clips(folder, *arguments):
+    """Write clips of two colours alone: half the work, for a world that is half as large."""
+    script("make_clips.py", folder, *arguments)
+    for file in (folder / "clips.jsonl", folder / "prompts.txt"):
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(line for line in lines if "a red" in line or "a blue" in line))
+    return folder
+
+
+def launch(recipe, *overrides):
+    assert run.main([str(DEMO / recipe), *(f"--set={override}" for override in overrides)]) == 0
+
+
+@pytest.mark.slow
+def test_a_lora_learns_a_motion_that_the_base_does_not_know(tmp_path):
+    base, lora = tmp_path / "base", tmp_path / "lora"
+    old = clips(tmp_path / "clips", "--each", 3)
+    new = clips(tmp_path / "new", "--new", "--each", 5)
+    launch("train.yaml", f"output={base}", f"dataset.path={old / 'clips.jsonl'}", *SHORTER)
+    model = f"model={base / 'model'}"
+    launch("lora.yaml", model, f"output={lora}", f"dataset.path={new / 'clips.jsonl'}")
+    videos = (f"dataset.path={new / 'prompts.txt'}", "task.videos_per_prompt=3", "task.sheet=false")
+    right = {}
+    for scale in (1, 0):
+        out = tmp_path / f"scale-{scale}"
+        file = (f"adapters[0].weights.path={lora / 'adapter'}", f"adapters[0].scale={scale}")
+        launch("lora-sample.yaml", model, f"output={out}", *file, *videos)
+        script("score.py", out)
+        score = json.loads((out / "score.json").read_text())
+        assert score["of"] == 18
+        right[scale] = sum(video["direction"] for video in score["videos"]) / score["of"]
+    assert right[1] >= 0.9
+    assert right[0] < 0.5
