@@ -11,14 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from cvx_core.errors import FormatError
+from cvx_core.errors import CvxError, FormatError
 from cvx_plugins.readers.decord_limits import obstacles
 from cvx_plugins.readers.index import Index, scan
-
-try:
-    from torchcodec.decoders import VideoDecoder
-except (OSError, RuntimeError) as error:  # it is there, and the FFmpeg or torch that it needs is not
-    raise ImportError(f"torchcodec: {str(error).splitlines()[0]}") from error
 
 
 class TorchcodecReader:
@@ -27,7 +22,15 @@ class TorchcodecReader:
     name = "torchcodec"
 
     def __init__(self, threads: int = 0):
-        self.threads = threads
+        """Raises CvxError where torchcodec, or what it needs, is not there."""
+        try:
+            from torchcodec.decoders import VideoDecoder
+        except (ImportError, OSError, RuntimeError) as error:
+            raise CvxError(
+                f"reader torchcodec: {str(error).splitlines()[0]}. Install torchcodec and the FFmpeg that it "
+                "needs (`pip install cvx[torchcodec]`), or use reader: {use: auto}."
+            ) from error
+        self.threads, self._decoder = threads, VideoDecoder
 
     def open(self, path: Path) -> TorchcodecClip:
         """Return an open clip. Raises FormatError where it is no readable video, or may not be exact."""
@@ -40,19 +43,19 @@ class TorchcodecReader:
                 f"{index.path}: torchcodec is not used here: the file has {' and '.join(found)}. "
                 "Use reader: {use: auto} or {use: pyav}."
             )
-        return TorchcodecClip(index, self.threads)
+        return TorchcodecClip(index, self._decoder, self.threads)
 
 
 class TorchcodecClip:
     """An open file."""
 
-    def __init__(self, index: Index, threads: int):
+    def __init__(self, index: Index, decoder: Any, threads: int):
         self.num_frames, self.fps = index.num_frames, index.fps
         self.height, self.width = index.height, index.width
         self.is_steady = index.is_steady
         self._index = index
         try:
-            self._decoder: Any = VideoDecoder(
+            self._decoder: Any = decoder(
                 str(index.path), dimension_order="NHWC", num_ffmpeg_threads=threads, seek_mode="exact"
             )
         except (RuntimeError, ValueError) as error:

@@ -141,13 +141,13 @@ def test_other_formats_hold_the_same_adapter(use, place):
 def test_training_goes_on_from_a_file(place):
     weights = {"use": "diffusers-lora", "path": "one/adapter"}
     still = tuning("diffusers-lora", {**LORA, "weights": weights})
-    still["optimizer"]["lr"] = 1e-12
+    still["optimizer"]["lr"] = 1e-6
     launch(place, "still", still)
     for ours, theirs in zip(
         *(load_file(place / name / "adapter/pytorch_lora_weights.safetensors").values()
           for name in ("still", "one")), strict=True,
     ):  # fmt: skip
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     account = json.loads((place / "still/weights.json").read_text())["adapter"]
     assert len(account["consumed"]) == 16
 

@@ -50,7 +50,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, reader: Any) -> None:
     decoders.VideoDecoder = VideoDecoder  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torchcodec", package)
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
-    monkeypatch.delitem(sys.modules, "cvx_plugins.readers.torchcodec_reader", raising=False)
 
 
 def test_frames_and_refusals_are_those_of_the_other_readers(stand_in: None, reader: Any, encode: Any) -> None:
