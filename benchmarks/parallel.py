@@ -10,6 +10,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -203,7 +204,7 @@ def measure(name: str, rows: int, repeats: int) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Print a line per strategy; returns 1 where one is slower than it must be."""
     options = _parser().parse_args(arguments)
-    names = [name for name in ("pair", *STRATEGIES) if options.only in name]
+    names = options.only or ("pair", *STRATEGIES)
     results = {}
     for name in names:
         results[name] = result = measure(name, options.rows, options.repeats)
@@ -212,15 +213,14 @@ def main(arguments: list[str] | None = None) -> int:
             f"{result['more_cpu']:+7.1%} CPU  ({result['wall_s']:.2f} s, one {result['alone_wall_s']:.2f} s)",
             flush=True,
         )
-    if not options.only:
-        record = {
-            "command": f"python -m benchmarks.parallel {' '.join(sys.argv[1:])}".strip(),
-            "hardware": {**hardware("cpu"), "threads": 1},
-            "versions": versions(),
-            "rows": options.rows,
-            "results": results,
-        }
-        (RESULTS / "parallel.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = {
+        "command": shlex.join(["python", "-m", "benchmarks.parallel", *sys.argv[1:]]),
+        "hardware": {**hardware("cpu"), "threads": 1},
+        "versions": versions(),
+        "rows": options.rows,
+        "results": results,
+    }
+    (RESULTS / "parallel.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     slow = [
         name for name, least in AT_LEAST.items() if results.get(name, {}).get("times_as_fast", least) < least
     ]
@@ -231,9 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parallel", description=__doc__)
-    parser.add_argument(
-        "--only", default="", metavar="TEXT", help="strategies with TEXT in their name; no record"
-    )
+    parser.add_argument("--only", nargs="+", choices=("pair", *STRATEGIES), help="of the strategies, these")
     parser.add_argument("--rows", type=int, default=ROWS, help="clips of a step, over all ranks")
     parser.add_argument("--repeats", type=int, default=9)
     return parser
