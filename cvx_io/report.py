@@ -15,7 +15,7 @@ from cvx_io.record.files import read_run
 NAME = "report.html"
 EXAMPLES = """examples:
   cvx report runs/tiny                         writes runs/tiny/report.html
-  cvx report runs/tiny --to /tmp/tiny.html
+  cvx report runs/tiny --to tiny.html
   cvx report runs/demo --clips 100 --clip-mb 40
 """
 
