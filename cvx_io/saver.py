@@ -30,7 +30,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         several = beside and mesh.degrees.world > 1
-        # Of its own: the steps use the default group meanwhile, and calls must come in one order on all ranks.
+        # Of its own: steps use the default group meanwhile, and calls must come in one order on all ranks.
         self._group = dist.new_group(backend="gloo") if several else None
 
     def __enter__(self) -> Saver:
