@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cvx_core import device as devices
+from cvx_core import precision
 from cvx_core.errors import PluginError
 from cvx_core.interfaces import Deps, Parts
 from cvx_core.mesh import Mesh, solve
@@ -28,7 +29,7 @@ def build(spec: Spec) -> Parts:
     world = World.stated()
     device = devices.pick(spec.run.device, world.local_rank)
     mesh = Mesh(solve(spec.requests, world.size), world.rank, device.type)
-    dtype = devices.dtype(spec.run.dtype, device, spec.card.dtype)
+    dtype = devices.dtype(spec.run.dtype, device, precision.usual(spec))
     deps = Deps(spec)
     made: dict[str, Any] = {
         section: _module(spec.choices[section], deps, dtype)

@@ -143,7 +143,7 @@ class RunConfig(Config):
     """`auto` takes the accelerator that is there, else the CPU."""
     dtype: DType = "auto"
     """Precision of weights and activations; `auto`: float32 on the CPU, the predictor's release precision
-    elsewhere.
+    elsewhere, but bfloat16 to train a float16 release.
     """
     timeout_s: Annotated[float, Field(gt=0)] = 600
     """Several processes: seconds after which one that does not come, or holds up the others, ends the run."""
@@ -168,6 +168,8 @@ class TaskConfig(Config):
     """Whether the task can go on from what encoders made of the rows before."""
     trains: ClassVar[str | None] = None
     """The section whose parameters the task trains."""
+    of_training: ClassVar[bool] = False
+    """Whether the task does for training what has to be done in the precision of training."""
     buckets: ClassVar[bool] = False
     """Whether batches may differ in geometry, so that the recipe may have loader.buckets."""
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cvx_core import precision
 from cvx_core.card import Card
 from cvx_core.config import Config
 from cvx_core.errors import FormatError, PluginError, Problem, RecipeError, did_you_mean
@@ -156,7 +157,8 @@ class _Resolver:
         )
         self._check_across(spec)
         self._raise()
-        return spec
+        more = precision.note(spec)
+        return replace(spec, notes=(*spec.notes, more)) if more is not None else spec
 
     def _raise(self) -> None:
         if self.problems:
@@ -319,6 +321,7 @@ class _Resolver:
         for section, choice in spec.choices.items():
             if isinstance(choice.config, Config):
                 self._collect((section,), choice.config.check(spec))
+        self._collect((), precision.problems(spec))
         if "loader" in self.recipe.data:
             self._collect(("loader",), spec.loader.check(spec))
         for listed in ("parallel", "adapters"):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cvx_core import precision
 from cvx_core.interfaces import Deps, ParamGroup, Plan
 from cvx_core.mesh import Degrees, solve
 from cvx_core.registry import Choice
@@ -207,7 +208,7 @@ def dtype_of(spec: Spec) -> torch.dtype:
     """Return the precision of the run; `auto` as on an accelerator, unless the recipe's device is the CPU."""
     name = spec.run.dtype
     if name == "auto":
-        name = (spec.card.dtype if spec.run.device != "cpu" else None) or "float32"
+        name = (precision.usual(spec) if spec.run.device != "cpu" else None) or "float32"
     result: torch.dtype = getattr(torch, name)
     return result
 

@@ -143,6 +143,7 @@ class PrecomputeConfig(TaskConfig):
 
     needs: ClassVar = ("predictor", "text_encoder", "autoencoder", "dataset", "reader")
     unbuilt: ClassVar = ("predictor",)  # its card says what is encoded
+    of_training: ClassVar = True
 
     rows: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] = "all"
     """Name of the list of rows; a folder can hold several, which share their items."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cvx_core import device as devices
+from cvx_core import precision
 from cvx_core.config import path_fields
 from cvx_core.interfaces import Deps
 from cvx_core.registry import Choice
@@ -62,7 +63,7 @@ def none_of(spec: Spec) -> dict[str, Any]:
 def dtype_of(spec: Spec) -> str:
     """Return the dtype that a run of this recipe encodes in, on this machine."""
     device = devices.pick(spec.run.device, 0)
-    return str(devices.dtype(spec.run.dtype, device, spec.card.dtype)).removeprefix("torch.")
+    return str(devices.dtype(spec.run.dtype, device, precision.usual(spec))).removeprefix("torch.")
 
 
 def weights_of(choice: Choice, spec: Spec, digests: Digests) -> str:
