@@ -28,6 +28,7 @@ import yaml
 
 from benchmarks.harness import RESULTS, hardware, versions
 from cvx_core.building import build
+from cvx_core.device import keep_freed_memory
 from cvx_core.interfaces import Features, ParamGroup, Parts
 from cvx_core.placing import place
 from cvx_core.random import Draws, keyed
@@ -38,7 +39,7 @@ from cvx_parallel.gradients import clip
 ROWS = 8
 RECIPE = {
     "device": "cpu",
-    "video": {"frames": 17, "height": 96, "width": 96},
+    "video": {"frames": 33, "height": 128, "width": 128},
     "predictor": {
         "use": "cogvideox",
         "num_layers": 6,
@@ -122,6 +123,7 @@ def _serve(pipe: Connection, text: str, rank: int, world: int, folder: str) -> N
     """Be one process of a team: make the model, then a step, and its CPU seconds, for each message."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
+    keep_freed_memory()
     if world > 1:
         dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
     steps = _steps(text)
@@ -156,7 +158,7 @@ def _share(parts: Parts, config: Any, rows: int) -> tuple[Features, Draws]:
     """Return this rank's rows: the loader's batch is that of one data rank."""
     rank, world = parts.mesh.place("batch"), parts.mesh.size("batch")
     generator = keyed(0, "benchmark", rank)
-    latent = torch.randn(rows, config.latent_channels, 5, 12, 12, generator=generator)
+    latent = torch.randn(rows, config.latent_channels, 9, 16, 16, generator=generator)
     text = torch.randn(rows, config.text_length, config.text_dim, generator=generator)
     mask = torch.ones(rows, config.text_length, dtype=torch.bool)
     return Features(latent, text, mask), Draws(0, 0, tuple(range(rank, rows * world, world)), rank, world)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from cvx_core.device import keep_freed_memory
 from cvx_core.errors import CvxError, SaidError
 from cvx_core.mesh import solve
 from cvx_core.recipe import load
@@ -74,6 +75,7 @@ def _run(args: argparse.Namespace) -> int:
     level = logging.INFO if world.rank == 0 else logging.WARNING  # the first process speaks for all
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
     logging.getLogger("cvx").info("%s", report(spec, world.size))
+    keep_freed_memory()
     run(spec)
     return 0
 

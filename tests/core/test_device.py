@@ -1,5 +1,7 @@
 """The device table: what is picked, and what is said where a device is not there."""
 
+import ctypes
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -59,3 +61,26 @@ def test_auto_precision_follows_the_release_on_accelerators(name, where, release
 
 def test_peak_memory_of_the_cpu_is_the_process(monkeypatch):
     assert device.peak_memory(torch.device("cpu")) > 10_000_000
+
+
+FAULTS = """
+import resource, sys
+from cvx_core.device import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(2):
+    began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        several = [b"x" * 20_000_000 for _ in range(4)]
+        del several
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc")
+def test_freed_memory_is_kept():
+    def faults(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert faults("keep") < 100 < 1000 < faults("give back")
