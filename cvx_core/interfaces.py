@@ -261,7 +261,11 @@ class Dataset(Protocol):
 
 
 class Clip(Protocol):
-    """An open video file."""
+    """An open video file.
+
+    Where frames are not shown at a steady rate, it has `times` too: seconds after the first, one per frame.
+    Without them, frames are picked as if each were shown 1 / fps seconds.
+    """
 
     num_frames: int
     fps: float

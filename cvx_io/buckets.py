@@ -171,7 +171,7 @@ class _Sorter:
         """Whether frames can be picked; where no bucket is filled, `_no_length` says why."""
         pick = replace(self._rules.pick, frames=frames, short="error", start="first")
         try:
-            pick_frames(fact.num_frames, fact.fps, pick)
+            pick_frames(fact.num_frames, fact.fps, pick, times=fact.times)
         except FormatError:
             return False
         return True
@@ -184,7 +184,7 @@ class _Sorter:
             return Offer((), "video", "every bucket is of 1 frame")
         pick = replace(self._rules.pick, frames=min(counts), short="error", start="first")
         try:
-            pick_frames(fact.num_frames, fact.fps, pick)
+            pick_frames(fact.num_frames, fact.fps, pick, times=fact.times)
         except FormatError as error:
             return Offer((), "too short", str(error))
         raise AssertionError("a clip that fills the shortest bucket has a length")

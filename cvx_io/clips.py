@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from cvx_core.errors import FormatError
-from cvx_core.interfaces import Reader, Row
+from cvx_core.interfaces import Clip, Reader, Row
 from cvx_io.members import open_binary
 
 
@@ -29,13 +29,18 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".
 
 
 class Facts(NamedTuple):
-    """What is known of a clip before its pixels. is_drawn: it has no size or length of its own."""
+    """What is known of a clip before its pixels.
+
+    is_drawn: it has no size or length of its own; times: when each frame is shown, seconds after the first,
+    where that does not follow from fps, which then is the average.
+    """
 
     num_frames: int
     fps: float
     height: int
     width: int
     is_drawn: bool = False
+    times: tuple[float, ...] | None = None
 
 
 def is_still(path: Path) -> bool:
@@ -55,9 +60,15 @@ def probe(row: Row, reader: Reader) -> Facts:
         return Facts(1, 1, height, width)
     try:
         with closing(reader.open(path)) as clip:
-            return Facts(clip.num_frames, clip.fps, clip.height, clip.width)
+            return facts_of(clip)
     except FormatError as error:
         raise of_row(row, path, error) from error
+
+
+def facts_of(clip: Clip) -> Facts:
+    """Return the facts of an open clip; a reader that knows no times takes the rate for steady."""
+    times = getattr(clip, "times", None)
+    return Facts(clip.num_frames, clip.fps, clip.height, clip.width, times=times)
 
 
 def of_row(row: Row, path: Path, error: FormatError) -> FormatError:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from cvx_core.errors import FormatError
 from cvx_core.interfaces import Reader, Row
-from cvx_io.clips import Facts, is_still, read_still
+from cvx_io.clips import Facts, facts_of, is_still, read_still
 from cvx_io.members import open_binary
 
 THUMBNAIL = 160  # pixels, longer side
@@ -27,13 +27,12 @@ _context = multiprocessing.get_context("forkserver")
 
 class Decoded(NamedTuple):
     """Of one file whose every frame was decoded. digest: SHA-256 of its bytes; thumbnail: JPEG of the middle
-    frame; is_steady: whether all frames are shown equally long, where the reader knows.
+    frame.
     """
 
     facts: Facts
     digest: str
     thumbnail: bytes
-    is_steady: bool = True
 
 
 def decode(row: Row, reader: Reader) -> Decoded:
@@ -54,8 +53,7 @@ def decode(row: Row, reader: Reader) -> Decoded:
             frames = clip.frames(indices)
             if count // 2 in indices:
                 middle = _thumbnail(frames[count // 2 - first])
-        facts = Facts(count, clip.fps, clip.height, clip.width)
-        return Decoded(facts, _digest(path), middle, getattr(clip, "is_steady", True))
+        return Decoded(facts_of(clip), _digest(path), middle)
 
 
 def _thumbnail(pixels: Any) -> bytes:

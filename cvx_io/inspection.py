@@ -149,8 +149,8 @@ def _finding(
         duplicate = "" if duplicate == row.id else duplicate
         if duplicate:
             notes.append(f"duplicate: the same bytes as {duplicate}")
-        if not result.is_steady:
-            notes.append(f"variable frame rate: frames are picked by the average of {facts.fps:g} fps")
+        if facts.times is not None:
+            notes.append(f"variable frame rate: about {facts.fps:g} fps; frames are picked by their times")
     known: dict[str, Any] = {}
     if facts.num_frames and not facts.is_drawn:
         known = {

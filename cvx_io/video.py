@@ -5,6 +5,7 @@ Video files are opened by a reader (`open(path) -> clip`), which comes in as an 
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ Rule = Literal["fps", "cogvideox"]
 Start = Literal["first", "center", "random"]
 Short = Literal["error", "repeat"]
 
+_SAME_TIME = 1e-6
+"""Seconds; what is less apart is at the same time."""
+_REMEDY = "Drop the clip, ask for fewer frames, or let short clips repeat their last frame."
 _FRAMES_AT_ONCE = 8  # float32 copies of this many source frames exist while a clip is resized
 
 
@@ -50,18 +54,25 @@ class Pick:
 
 
 def pick_frames(
-    num_frames: int, fps: float, pick: Pick, generator: torch.Generator | None = None
+    num_frames: int,
+    fps: float,
+    pick: Pick,
+    generator: torch.Generator | None = None,
+    times: Sequence[float] | None = None,
 ) -> list[int]:
     """Return pick.frames ascending frame indices of a clip of num_frames frames at fps.
 
     Rule "fps" resamples the clip to pick.fps: frame k is the one shown k / pick.fps seconds after the start,
-    the nearest earlier source frame (a slower source repeats frames, as a player would). Rule "cogvideox" is
-    that of the model's reference data pipeline: whole steps over a stretch behind `skip`, then cut or padded
-    by the last frame (source: MindSpeed-MM 2.1.0, CogVideoXProcessor).
+    the nearest earlier source frame (a slower source repeats frames, as a player would). times: when each
+    frame is shown, seconds after the first; None: 1 / fps apart. Rule "cogvideox" is that of the model's
+    reference data pipeline, which counts frames whatever their times: whole steps over a stretch behind
+    `skip`, then cut or padded by the last frame (source: MindSpeed-MM 2.1.0, CogVideoXProcessor).
     Raises ClipTooShort with the numbers; ValueError where random start lacks its generator.
     """
     if pick.rule == "cogvideox":
         return _pick_cogvideox(num_frames, fps, pick)
+    if times is not None:
+        return _pick_by_time(times, fps, pick, generator)
     ratio = _exact(fps) / _exact(pick.fps)
     span = int((pick.frames - 1) * ratio) + 1
     spare = num_frames - 2 * pick.skip - span
@@ -70,6 +81,25 @@ def pick_frames(
     start = pick.skip + _start(max(spare, 0), pick.start, generator)
     last = num_frames - pick.skip - 1
     return [min(start + int(k * ratio), last) for k in range(pick.frames)]
+
+
+def _pick_by_time(
+    times: Sequence[float], fps: float, pick: Pick, generator: torch.Generator | None
+) -> list[int]:
+    """Pick by when frames are shown; the last one is taken to stay for 1 / fps."""
+    usable = times[pick.skip : len(times) - pick.skip]
+    end = times[-pick.skip] if usable and pick.skip else times[-1] + 1 / fps
+    span = (pick.frames - 1) / pick.fps
+    starts = bisect.bisect_left(usable, end - span - _SAME_TIME)
+    if not usable or (starts == 0 and pick.short == "error"):
+        skipped = f", {pick.skip} frames skipped at both ends" if pick.skip else ""
+        raise ClipTooShort(
+            f"has {len(times)} frames in {times[-1] + 1 / fps:.3g} s, at a rate that varies; {pick.frames} "
+            f"frames at {pick.fps:g} fps need more than {span:.3g} s{skipped}. {_REMEDY}"
+        )
+    first = usable[_start(max(starts - 1, 0), pick.start, generator)]
+    instants = (first + k / pick.fps + _SAME_TIME for k in range(pick.frames))
+    return [pick.skip + bisect.bisect_right(usable, instant) - 1 for instant in instants]
 
 
 def _start(spare: int, start: Start, generator: torch.Generator | None) -> int:
@@ -116,7 +146,7 @@ def _too_short(num_frames: int, fps: float, pick: Pick, needed: int) -> ClipTooS
     skipped = f", {pick.skip} skipped at both ends" if pick.skip else ""
     return ClipTooShort(
         f"has {num_frames} frames at {fps:g} fps; {pick.frames} frames at {pick.fps:g} fps need {needed}"
-        f"{skipped}. Drop the clip, ask for fewer frames, or let short clips repeat their last frame."
+        f"{skipped}. {_REMEDY}"
     )
 
 
@@ -213,7 +243,9 @@ def _read_frames(row: Row, reader: Reader, pick: Pick, generator: torch.Generato
         with closing(reader.open(row.video)) as clip:
             is_one = clip.num_frames == pick.frames == 1  # nothing to choose from, nor to skip
             indices: Sequence[int] = (
-                [0] if is_one else pick_frames(clip.num_frames, clip.fps, pick, generator)
+                [0]
+                if is_one
+                else pick_frames(clip.num_frames, clip.fps, pick, generator, getattr(clip, "times", None))
             )
             return np.asarray(clip.frames(indices))
     except FormatError as error:

@@ -206,7 +206,7 @@ def tp_dims(predictor: nn.Module, plan: Plan) -> dict[str, int]:
 
 def dtype_of(spec: Spec) -> torch.dtype:
     """Return the precision of the run; `auto` as on an accelerator, unless the recipe's device is the CPU."""
-    name = spec.run.dtype
+    name: str = spec.run.dtype
     if name == "auto":
         name = (precision.usual(spec) if spec.run.device != "cpu" else None) or "float32"
     result: torch.dtype = getattr(torch, name)

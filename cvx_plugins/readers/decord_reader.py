@@ -45,7 +45,7 @@ class DecordClip:
     def __init__(self, index: Index, threads: int):
         self.num_frames, self.fps = index.num_frames, index.fps
         self.height, self.width = index.height, index.width
-        self.is_steady = index.is_steady
+        self.times = index.times
         self._index = index
         try:
             self._reader: Any = decord.VideoReader(str(index.path), ctx=decord.cpu(0), num_threads=threads)

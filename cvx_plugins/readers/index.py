@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +29,9 @@ class Index:
 
     num_frames: exact; fps: average; height, width: as shown, after rotation; rotation: degrees
     counter-clockwise that turn a decoded frame upright; pts: timestamp of each frame in the order shown, None
-    where the container has none worth trusting; keys: the frames at which decoding can start; container: its
-    short name; bits: per colour component; is_plain: whether every packet is shown, and none before the key
-    frame it follows.
+    where the container has none worth trusting; tick: seconds of one unit of pts; keys: the frames at which
+    decoding can start; container: its short name; bits: per colour component; is_plain: whether every packet
+    is shown, and none before the key frame it follows.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class Index:
     width: int
     rotation: int
     pts: tuple[int, ...] | None
+    tick: Fraction
     keys: tuple[int, ...]
     container: str
     bits: int
@@ -47,12 +49,20 @@ class Index:
 
     @property
     def is_steady(self) -> bool:
-        """Whether all frames are shown equally long, within half of that; so where none has a time."""
-        if self.pts is None or len(self.pts) < 3:
-            return True
-        gaps = [b - a for a, b in itertools.pairwise(self.pts)]
-        usual = sorted(gaps)[len(gaps) // 2]
-        return all(abs(gap - usual) <= usual / 2 for gap in gaps)
+        """Whether every frame is shown within half a frame of when it would be at `fps`; so where none has a
+        time.
+        """
+        usual = 1 / (self.fps * float(self.tick))
+        return self.pts is None or all(
+            abs(pts - self.pts[0] - i * usual) <= usual / 2 for i, pts in enumerate(self.pts)
+        )
+
+    @property
+    def times(self) -> tuple[float, ...] | None:
+        """When each frame is shown, seconds after the first; None where they follow from the rate."""
+        if self.pts is None or self.is_steady:
+            return None
+        return tuple(float((pts - self.pts[0]) * self.tick) for pts in self.pts)
 
     def key_before(self, frame: int) -> int:
         """Return the last frame at or before `frame` at which decoding can start."""
@@ -90,6 +100,7 @@ def scan(path: Path) -> Index:
         packets = _packets(container, stream, path)
         _check_complete(container, stream, packets, path)
         container_name = container.format.name.split(",")[0]
+        tick = stream.time_base
         bits = max(component.bits for component in stream.codec_context.format.components)
         fps = stream.average_rate or stream.guessed_rate
     if not fps:
@@ -104,6 +115,7 @@ def scan(path: Path) -> Index:
         width=width,
         rotation=rotation,
         pts=pts,
+        tick=tick,
         keys=keys,
         container=container_name,
         bits=bits,

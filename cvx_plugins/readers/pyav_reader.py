@@ -38,7 +38,7 @@ class PyavClip:
     def __init__(self, index: Index, threads: int):
         self.num_frames, self.fps = index.num_frames, index.fps
         self.height, self.width = index.height, index.width
-        self.is_steady = index.is_steady
+        self.times = index.times
         self._index = index
         self._threads = threads
         self._ordinals = None if index.pts is None else {pts: i for i, pts in enumerate(index.pts)}

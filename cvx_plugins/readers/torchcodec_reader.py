@@ -52,7 +52,7 @@ class TorchcodecClip:
     def __init__(self, index: Index, decoder: Any, threads: int):
         self.num_frames, self.fps = index.num_frames, index.fps
         self.height, self.width = index.height, index.width
-        self.is_steady = index.is_steady
+        self.times = index.times
         self._index = index
         try:
             self._decoder: Any = decoder(

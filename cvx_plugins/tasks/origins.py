@@ -22,7 +22,7 @@ from cvx_core.registry import Choice
 from cvx_core.spec import Spec
 from cvx_io.cache.digests import Digests, files_under, tree_digest
 
-CODE = 1
+CODE = 2
 """Raised when this code makes other features of the same inputs."""
 
 _PICKING = ("frames", "height", "width", "fps", "start", "skip", "rule", "short")

@@ -106,7 +106,7 @@ def found(folder: Path) -> dict[str, dict[str, str]]:
         ("good.mp4", "duplicate", "copy.mp4"),
         ("one.mp4", "bucket", "32x48/1x32x48"),
         ("still.png", "bucket", "32x48/1x32x48"),
-        ("vfr.mp4", "notes", "variable frame rate: frames are picked by the average of"),
+        ("vfr.mp4", "notes", "frames are picked by their times"),
         ("rotated.mp4", "height", "64"),
         ("rotated.mp4", "bucket", "32x48/5x32x48"),
         ("odd.mp4", "width", "65"),

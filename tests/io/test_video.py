@@ -192,3 +192,52 @@ def test_errors_name_the_row_and_the_file(reader: Any, shared: Path, tmp_path: P
     (tmp_path / "bad.mp4").write_text("no video")
     with pytest.raises(FormatError, match=r"row 'bad': .*bad.mp4"):
         read_row(Row("bad", video=tmp_path / "bad.mp4"), reader, Pick(1, 8), 16, 24)
+
+
+SLOWING = [0.0, 0.1, 0.2, 0.3, 0.5, 1.0, 1.5, 2.5]
+"""A clip that gets slower: 8 frames, the last of them shown for 0.4 s."""
+
+
+@pytest.mark.parametrize(
+    ("pick", "expected"),
+    [
+        (Pick(6, 10), [0, 1, 2, 3, 3, 4]),
+        (Pick(6, 2), [0, 4, 5, 6, 6, 7]),
+        (Pick(3, 5, start="center"), [3, 4, 4]),  # starts 0 to 6 leave 0.4 s; that in the middle is taken
+        (Pick(3, 2, skip=1), [1, 4, 5]),
+        (Pick(4, 1, short="repeat"), [0, 5, 6, 7]),
+    ],
+)
+def test_frames_of_a_varying_rate_are_picked_by_their_times(pick: Pick, expected: list[int]) -> None:
+    assert pick_frames(8, 2.5, pick, times=SLOWING) == expected
+
+
+def test_a_short_clip_of_a_varying_rate_says_its_length() -> None:
+    with pytest.raises(ClipTooShort, match=r"8 frames in 2.9 s, at a rate that varies; 4 frames.*3 s"):
+        pick_frames(8, 2.5, Pick(4, 1), times=SLOWING)
+    with pytest.raises(ClipTooShort, match="4 frames skipped at both ends"):
+        pick_frames(8, 2.5, Pick(1, 1, skip=4, short="repeat"), times=SLOWING)
+
+
+@given(
+    num_frames=st.integers(1, 60),
+    source=st.sampled_from([8.0, 15.0, 24.0, 25.0, 30.0, 60.0]),
+    target=st.sampled_from([8.0, 16.0, 24.0]),
+    frames=st.integers(1, 17),
+    start=st.sampled_from(["first", "center", "random"]),
+    skip=st.integers(0, 3),
+    short=st.sampled_from(["error", "repeat"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_times_of_a_steady_rate_pick_what_the_rate_picks(
+    num_frames: int, source: float, target: float, frames: int, start: Any, skip: int, short: Any
+) -> None:
+    pick = Pick(frames, target, start=start, skip=skip, short=short)
+    times = [k / source for k in range(num_frames)]
+    found: list[Any] = []
+    for known in (None, times):
+        try:
+            found.append(pick_frames(num_frames, source, pick, generator(), known))
+        except ClipTooShort:
+            found.append("too short")
+    assert found[0] == found[1]

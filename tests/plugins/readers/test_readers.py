@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from cvx_core.errors import FormatError
+from cvx_core.interfaces import Row
+from cvx_io.video import Pick, read_row
 
 Make = Callable[..., Any]
 SHORT_CLIPS = ("hiker.mp4", "horse.mp4", "train_running.mp4", "hiker_tiny.mp4")
@@ -159,3 +161,64 @@ def test_reading_on_decodes_each_frame_once(
     for k in range(0, 40, 4):
         clip.frames([k, k + 2])
     assert starts == [0]
+
+
+TIMES = [0, 1, 2, 3, 8, 9, 10, 15, 16, 17, 18, 30]
+"""When each frame of a clip is shown, in units of 1/8 s."""
+
+
+@pytest.mark.parametrize("name", ["pyav", "decord", "auto"])
+def test_frames_of_a_variable_rate_are_those_shown_at_each_instant(
+    reader: Make, tmp_path: Path, name: str
+) -> None:
+    """Every frame has a grey level of its own, so that pixels tell which one was taken."""
+    pytest.importorskip("decord")
+    path = grey_clip(tmp_path / "vfr.mp4", TIMES)
+    assert reader(name).open(path).times == pytest.approx([time / 8 for time in TIMES])
+    assert reader(name).open(grey_clip(tmp_path / "steady.mp4", list(range(12)))).times is None
+    for pick, shown in (
+        (Pick(5, 2), [0, 3, 4, 6, 8]),  # at 0, 4, 8, 12, 16 eighths
+        (Pick(9, 8), [0, 1, 2, 3, 3, 3, 3, 3, 4]),
+        (Pick(4, 1, start="center"), [1, 5, 9, 10]),  # at 1, 9, 17, 25 eighths
+    ):
+        item = read_row(Row("vfr", ("x",), path), reader(name), pick, 48, 64)
+        assert item.video is not None
+        greys = (item.video.mean((0, 2, 3)) + 1) * 127.5
+        assert [round((float(grey) - 20) / 15) for grey in greys] == shown
+
+
+def grey_clip(path: Path, times: list[int]) -> Path:
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 8)
+        stream.options = {"crf": "12"}
+        for k, time in enumerate(times):
+            pixels = np.full((48, 64, 3), 20 + 15 * k, np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 8)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(("degrees", "corner"), [(90, (1, 0)), (180, (1, 1)), (270, (0, 1))])
+def test_rotated_clips_are_turned_as_players_show_them(
+    reader: Make, tmp_path: Path, degrees: int, corner: tuple[int, int]
+) -> None:
+    """The white corner, top left as stored, lies where a turn counter-clockwise takes it."""
+    path = tmp_path / "turned.mp4"
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 48, 80, "yuv420p"
+        stream.set_display_rotation(degrees)
+        pixels = np.zeros((48, 80, 3), np.uint8)
+        pixels[:16, :16] = 255
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    clip = reader("auto").open(path)
+    frame = clip.frames([0])[0]
+    assert frame.shape == ((80, 48, 3) if degrees % 180 else (48, 80, 3))
+    rows, columns = np.nonzero(frame.mean(-1) > 200)
+    height, width = frame.shape[:2]
+    assert (rows.mean() > height / 2, columns.mean() > width / 2) == corner
