@@ -36,6 +36,7 @@ from cvx_plugins.tasks.schedule import lr_scale
 
 log = logging.getLogger("cvx")
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # names, so that another layout can resume
+_TRAINED = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True, strict=False)
 StepFunction = Callable[[Work], Tensor]
 """Returns the loss of this rank's rows; leaves gradients of loss / accumulate."""
 Stream = Callable[[Iterator[Work]], Iterator[Work]]
@@ -79,7 +80,8 @@ class Loop:
             group["initial_lr"] = group["lr"]
         self._ema = Ema(config.ema, self._named) if config.ema is not None else None
         self._folder = spec.output / "checkpoints"
-        self._facts = checkpoint.facts(parts, spec)
+        self._describe = partial(checkpoint.facts, parts, spec)
+        self._facts = self._describe()
         self._drawn, self._changed, self._skipped, self._in_a_row = drawn, True, 0, 0
 
     def run(self, loader: Loader, step_function: StepFunction, encode: Stream | None = None) -> bool:
@@ -279,9 +281,9 @@ class Loop:
         saver.save(step, self._state(self._ema), {**held, **self._facts})
         return step
 
-    def _state(self, ema: Ema | None) -> dict[str, Any]:
-        """Return all tensors of the run, by name; filling them is not enough for the optimizer."""
-        model, optimizer = get_state_dict(self._module, self._optimizer, options=_FLAT)
+    def _state(self, ema: Ema | None, options: StateDictOptions = _TRAINED) -> dict[str, Any]:
+        """Return what the run trains and keeps, by name; filling it is not enough for the optimizer."""
+        model, optimizer = get_state_dict(self._module, self._optimizer, options=options)
         averages = {"ema": ema.average} if ema is not None else {}
         return {"model": model, "optimizer": optimizer, **averages}
 
@@ -293,15 +295,19 @@ class Loop:
         manifest = resume.read_manifest(path)
         stated = self._stated_options()
         averaged = bool(manifest.get("ema"))
-        state = self._state(self._ema if averaged else None)
+        has_base = checkpoint.check_base(path, manifest, self._facts, self._trains)
+        chosen = _FLAT if has_base else _TRAINED
+        state = self._state(self._ema if averaged else None, chosen)
         resume.restore(path, state, self._mesh, left=() if self._ema is not None else ("ema",))
         set_state_dict(
             self._module,
             self._optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
-            options=_FLAT,
+            options=chosen,
         )
+        if has_base:
+            self._facts = self._describe()  # the frozen weights may be others than the recipe's
         for group, options in zip(self._optimizer.param_groups, stated, strict=True):
             group.update(options)
         log.info("resumed from %s", path)

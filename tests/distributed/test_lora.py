@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cvx_core import run
+from cvx_io.tensors.dcp_metadata import read_checkpoint
 from tests.distributed.harness import on_ranks
 from tests.distributed.matrix import compare_all
 from tests.distributed.test_sampling import TRAIN
@@ -134,3 +135,28 @@ def test_a_lora_without_effect_ends_every_rank_after_saving(tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(data | {"output": str(tmp_path / "out")}))
     assert on_ranks(2, run.main, [str(tmp_path / "r.yaml")]) == [2, 2]
     assert list((tmp_path / "out/checkpoints").glob("step-*"))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_trained_factors_alone_on_other_meshes(tmp_path):
+    data = yaml.safe_load(TRAIN) | {"adapter": USUAL}
+    data["task"] = {"use": "train", "steps": 3, "tensorboard": False, "export": {"use": "diffusers-lora"}}
+    runs = {"alone": data | {"loader": {"batch": 2}, "output": str(tmp_path / "alone")}}
+    links = {1: [{"use": "tp", "size": 2}, ZERO3], 2: [{"use": "pp", "stages": [1, 1]}, ZERO3], 3: []}
+    for last, parallel in links.items():
+        task = data["task"] | {"resume": "auto", "stop_at": last}
+        batch = {"loader": {"batch": 2 // (2 if parallel else 1)}}
+        out = {"output": str(tmp_path / "chain")}
+        runs[f"chain-{last}"] = data | batch | out | {"parallel": parallel, "task": task}
+    for name, recipe in runs.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    argvs = [[str(tmp_path / f"{name}.yaml")] for name in runs]
+    assert on_ranks(4, run_all, argvs[1:3]) == [[0, 0]] * 4
+    assert run_all([argvs[0], argvs[3]]) == [0, 0]
+    held = read_checkpoint(tmp_path / "chain/checkpoints/step-00000002").tensors
+    assert held
+    assert all("lora_" in name for name in held)
+    wanted, found = tensors(tmp_path / "alone/adapter"), tensors(tmp_path / "chain/adapter")
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5)

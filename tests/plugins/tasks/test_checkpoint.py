@@ -9,7 +9,8 @@ from torch import nn
 
 from cvx_core import FormatError
 from cvx_io import resume
-from cvx_plugins.tasks import checkpoint
+from cvx_io.tensors.dcp_metadata import read_checkpoint
+from cvx_plugins.tasks import checkpoint, loop
 
 
 @pytest.fixture
@@ -105,11 +106,66 @@ def test_a_fingerprint_tells_weights_names_shapes_and_precision():
         torch.manual_seed(seed)
         return nn.ModuleDict({name: nn.Linear(width, 70)}).to(kind)
 
-    first = checkpoint.fingerprint(made())
-    assert checkpoint.fingerprint(made()) == first
+    def of(module):
+        return checkpoint.fingerprint(module.named_parameters())
+
+    first = of(made())
+    assert of(made()) == first
     others = [made(seed=1), made(width=4), made(kind=torch.bfloat16), made(name="b")]
-    assert len({first, *map(checkpoint.fingerprint, others)}) == 5
+    assert len({first, *map(of, others)}) == 5
     changed = made()
     with torch.no_grad():
         changed["a"].weight[-1, -1] += 1
-    assert checkpoint.fingerprint(changed) != first
+    assert of(changed) != first
+
+
+LORA = {"use": "lora", "rank": 2, "alpha": 4}
+
+
+def names_in(path) -> set[str]:
+    return set(read_checkpoint(path).tensors)
+
+
+def test_a_checkpoint_of_a_lora_holds_what_is_trained_and_goes_on_bit_for_bit(tiny, launch, tmp_path):
+    tiny["adapter"] = LORA
+    whole = launch(tiny, output=str(tmp_path / "whole"))
+    out = launch(tiny, output=str(tmp_path / "halves"), **{"task.stop_at": 2})
+    names = names_in(out / "checkpoints/step-00000002")
+    models = {name for name in names if name.startswith("model.")}
+    assert models
+    assert all("lora_" in name for name in names if not name.endswith(".step"))
+    launch(tiny, output=str(out), **{"task.resume": "auto"})
+    assert (whole / "log.jsonl").read_bytes() == (out / "log.jsonl").read_bytes()
+    same = "checkpoints/step-00000004"
+    assert names_in(out / same) == names_in(whole / same)
+
+
+def test_a_lora_does_not_go_on_with_another_base(tiny, launch, caplog):
+    tiny["adapter"] = LORA
+    launch(tiny, **{"task.stop_at": 2})
+    with pytest.raises(FormatError, match=r"trained on other weights.*changed since: seed: 0 -> 1\. Give"):
+        launch(tiny, seed=1, **{"task.resume": "auto"})
+    caplog.set_level("INFO", "cvx")
+    launch(tiny, **{"task.resume": "auto", "optimizer.lr": 0.5})
+    assert "optimizer.lr: 0.001 -> 0.5: takes effect from step 3 on" in said(caplog)
+
+
+def test_a_checkpoint_with_the_whole_model_gives_its_base_to_a_lora(tiny, launch, tmp_path, monkeypatch):
+    tiny["adapter"] = LORA
+    whole = launch(tiny, output=str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:  # as checkpoints were once
+        patch.setattr(loop, "_TRAINED", loop._FLAT)
+        patch.setattr(checkpoint, "facts", lambda *a, before=checkpoint.facts: {**before(*a), "frozen": {}})
+        patch.setattr(loop.Loop._state, "__defaults__", (loop._FLAT,))
+        out = launch(tiny, output=str(tmp_path / "halves"), **{"task.stop_at": 2})
+    assert any("lora_" not in name for name in names_in(out / "checkpoints/step-00000002"))
+    launch(tiny, output=str(out), seed=1, **{"task.resume": "auto", "task.stop_at": 3})
+    first = manifest_of(whole / "checkpoints/step-00000004")["frozen"]["predictor"]
+    assert manifest_of(out / "checkpoints/step-00000003")["frozen"]["predictor"] == first
+    with pytest.raises(FormatError, match="trained on other weights"):
+        launch(tiny, output=str(out), seed=1, **{"task.resume": "auto"})
+    launch(tiny, output=str(out), **{"task.resume": "auto"})
+
+
+def manifest_of(path) -> dict:
+    return json.loads((path / resume.MANIFEST).read_text())
