@@ -32,7 +32,9 @@ class Config(BaseModel):
     """Typed fields of one component, kept beside the code that uses them.
 
     Subclasses state fields with defaults, so that every config can be constructed bare. A field that holds
-    another component is named in `nested` with its kind; resolving fills it with a `Choice`.
+    another component is named in `nested` with its kind; resolving fills it with a `Choice`. One that holds
+    a list of them is named in `listed`; it is filled with a tuple, and its default is what a recipe would
+    state.
     """
 
     model_config = ConfigDict(
@@ -45,6 +47,7 @@ class Config(BaseModel):
     )
 
     nested: ClassVar[Mapping[str, str]] = {}
+    listed: ClassVar[Mapping[str, str]] = {}
 
     def check(self, spec: Spec) -> Iterable[Problem]:
         """Yield the problems this component has with the rest of the recipe; paths are relative to it."""

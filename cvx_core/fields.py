@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from cvx_core.config import Config, PathField, path_fields
 from cvx_core.errors import PluginError, Problem, did_you_mean
+from cvx_core.nesting import inner_configs, model_in
 from cvx_core.recipe import Address, Recipe
 from cvx_core.registry import Choice, Component, Registry
 
@@ -72,11 +73,7 @@ class FieldReader:
     def validate(self, model: type[C], address: Address, data: Mapping[str, Any], who: str) -> C | None:
         """Validate plain data strictly; paths are anchored first and must exist where the field says so."""
         before = len(self.problems)
-        nested = {
-            name: self.choice(kind, (*address, name), data[name])
-            for name, kind in model.nested.items()
-            if data.get(name) is not None
-        }
+        nested = self._components_in(model, address, data)
         plain = {key: value for key, value in data.items() if key not in nested}
         plain = self._anchored(model, address, plain)
         try:
@@ -92,6 +89,31 @@ class FieldReader:
         if len(self.problems) > before:
             return None
         return config.model_copy(update=nested) if nested else config
+
+    def _components_in(
+        self, model: type[Config], address: Address, data: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Resolve the fields that hold components, and those whose own fields do."""
+        found: dict[str, Any] = {
+            name: self.choice(kind, (*address, name), data[name])
+            for name, kind in model.nested.items()
+            if data.get(name) is not None
+        }
+        for name, kind in model.listed.items():
+            items = data.get(name, model.model_fields[name].default)
+            if isinstance(items, list | tuple):
+                found[name] = tuple(
+                    self.choice(kind, (*address, name, index), item) for index, item in enumerate(items)
+                )
+            else:
+                self._problem(
+                    (*address, name), f"got {items!r}; expected a list of mappings with `use:`, such as []."
+                )
+                found[name] = ()
+        for name, inner in inner_configs(model).items():
+            if isinstance(data.get(name), Mapping):
+                found[name] = self.validate(inner, (*address, name), data[name], repr(name))
+        return found
 
     def _source(self, address: Address, data: Any) -> Choice | None:
         """Resolve where weights come from; a format without a path reads nothing."""
@@ -124,7 +146,7 @@ class FieldReader:
                 result[name] = self._anchor((*address, name), value, field)
         for name, value in data.items():
             info = model.model_fields.get(name)
-            inner = _model_in(info.annotation) if info is not None else None
+            inner = model_in(info.annotation) if info is not None else None
             if inner is not None and isinstance(value, dict):
                 result[name] = self._anchored(inner, (*address, name), value)
         return result
@@ -206,14 +228,8 @@ def _fields_at(model: type[BaseModel], location: tuple[str | int, ...]) -> list[
     current: Any = model
     for part in location:
         info = current.model_fields.get(part) if isinstance(part, str) else None
-        nested = _model_in(info.annotation) if info is not None else None
+        nested = model_in(info.annotation) if info is not None else None
         if nested is None:
             return []
         current = nested
     return list(current.model_fields)
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-    return models[0] if models else None

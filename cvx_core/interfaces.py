@@ -426,6 +426,26 @@ class Task(Protocol):
     def run(self, parts: Parts, spec: Spec) -> None: ...
 
 
+class Tracker(Protocol):
+    """Shows a run elsewhere than in its folder. The first rank alone has trackers; any of these may raise."""
+
+    def start(self, step: int) -> None:
+        """Begin, or go on from a step that a run is resumed at: what was shown past it is out of date."""
+        ...
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Show numbers by name; for one step there may be several calls."""
+        ...
+
+    def video(self, step: int, name: str, path: Path) -> None:
+        """Show an mp4 file."""
+        ...
+
+    def close(self) -> None:
+        """Send what is left."""
+        ...
+
+
 class Guided(Protocol):
     """Predicts with and without what a prediction is conditioned on."""
 

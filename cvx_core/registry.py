@@ -29,6 +29,7 @@ Kind = Literal[
     "format",
     "names",
     "task",
+    "tracker",
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
 

@@ -8,6 +8,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from cvx_core.config import Config
+from cvx_core.nesting import inner_configs
 from cvx_core.registry import Component, Registry
 from cvx_core.run_config import RunConfig
 from cvx_core.spec import SECTIONS, WEIGHTED
@@ -24,7 +25,7 @@ def schema(registry: Registry) -> dict[str, Any]:
     """Return the schema of a recipe file for the components of a registry."""
     definitions = {
         kind: {"anyOf": [_component(c) for c, _ in registry.all(kind) if c.config is not None]}
-        for kind in (*SECTIONS, "strategy", "format")
+        for kind in (*SECTIONS, "strategy", "format", "tracker")
     }
     run = _fields(RunConfig)
     properties: dict[str, Any] = {**run["properties"], "model": {"type": "string"}}
@@ -60,6 +61,11 @@ def _fields(config: type[Config]) -> dict[str, Any]:
     inner = raw.pop("$defs", {})
     properties = {name: _inline(value, inner) for name, value in raw.get("properties", {}).items()}
     properties |= {name: {"$ref": f"#/$defs/{kind}"} for name, kind in config.nested.items()}
+    for name, kind in config.listed.items():
+        properties[name] |= {"type": "array", "items": {"$ref": f"#/$defs/{kind}"}}
+    for name, model in inner_configs(config).items():
+        own = {"type": "object", **_fields(model), "additionalProperties": False}
+        properties[name] = {"description": properties[name]["description"], "anyOf": [own, {"type": "null"}]}
     return {"properties": properties}
 
 

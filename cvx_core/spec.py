@@ -20,6 +20,7 @@ from cvx_core.config import Config
 from cvx_core.errors import FormatError, PluginError, Problem, RecipeError, did_you_mean
 from cvx_core.fields import FieldReader
 from cvx_core.mesh import MeshError, Request, check, solve
+from cvx_core.nesting import stated_choice
 from cvx_core.recipe import Address, Recipe
 from cvx_core.registry import Choice, Component, Registry
 from cvx_core.run_config import LoaderConfig, RunConfig, VideoConfig
@@ -92,13 +93,13 @@ class Spec:
         """The recipe with every field stated; it can be run as it is."""
         data = json.loads(self.run.model_dump_json())
         data["output"] = str(self.output)
-        data |= {section: _dump(choice) for section, choice in self.choices.items()}
+        data |= {section: stated_choice(choice) for section, choice in self.choices.items()}
         if not self._uses("loader"):
             del data["loader"]
         if self.parallel:
-            data["parallel"] = [_dump(choice) for choice in self.parallel]
+            data["parallel"] = [stated_choice(choice) for choice in self.parallel]
         if self.adapters:
-            data["adapters"] = [_dump(choice) for choice in self.adapters]
+            data["adapters"] = [stated_choice(choice) for choice in self.adapters]
         return data
 
     @cached_property
@@ -353,19 +354,6 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
         result[key] = merge(result[key], value) if both else value
     return result
-
-
-def _dump(choice: Choice) -> dict[str, Any]:
-    """Return a choice as a recipe states it, with every field."""
-    data: dict[str, Any] = {"use": choice.name}
-    for name in type(choice.config).model_fields:
-        value = getattr(choice.config, name)
-        data[name] = _dump(value) if isinstance(value, Choice) else None
-    plain = {name for name in data if name != "use" and not isinstance(data[name], dict)}
-    data |= json.loads(choice.config.model_dump_json(include=plain))
-    if choice.weights is not None:
-        data["weights"] = _dump(choice.weights)
-    return data
 
 
 def _section_of(adapter: Component) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -75,12 +76,20 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 def write_gif(path: Path, video: np.ndarray, fps: float) -> None:
     """Write frames (F,H,W,3) uint8 as an endless gif; durations are multiples of 10 ms."""
+    data = gif_bytes(video, fps)
+    with atomic_file(Path(path)) as partial:
+        partial.write_bytes(data)
+
+
+def gif_bytes(video: np.ndarray, fps: float) -> bytes:
+    """Return what write_gif writes."""
     images = [Image.fromarray(pixels) for pixels in _checked(video)]
     # Each frame ends at its true time rounded to the format's unit, so that the rounding does not add up.
     ends = [round(100 * (k + 1) / fps) * 10 for k in range(len(images))]
     durations = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    with atomic_file(Path(path)) as partial:
-        images[0].save(partial, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+    buffer = io.BytesIO()
+    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+    return buffer.getvalue()
 
 
 def write_sheet(
@@ -103,7 +112,7 @@ def write_sheet(
     for number, (label, strip) in enumerate(strips):
         left, top = number % across * cell_width + _MARGIN, number // across * cell_height + _MARGIN
         sheet.paste(strip, (left, top))
-        draw.text((left, top + strip.height + 2), _shorten(draw, font, label, strip.width), _INK, font)
+        draw.text((left, top + strip.height + 2), shorten(draw, font, label, strip.width), _INK, font)
     with atomic_file(Path(path)) as partial:
         sheet.save(partial, "PNG")
 
@@ -118,7 +127,7 @@ def _strip(frames: np.ndarray, columns: int, width: int) -> Image.Image:
     return strip
 
 
-def _shorten(draw: ImageDraw.ImageDraw, font: Any, label: str, width: int) -> str:
+def shorten(draw: ImageDraw.ImageDraw, font: Any, label: str, width: int) -> str:
     """Return the label, cut with an ellipsis to the width in pixels."""
     label = " ".join(label.split())
     if draw.textlength(label, font) <= width:

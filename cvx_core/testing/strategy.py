@@ -106,7 +106,7 @@ class Subject:
 
     def text(self, parallel: Iterable[Entry], rows: int = 1, **settings: Any) -> str:
         """Return a recipe. rows: of a batch and data rank; settings: of the task."""
-        task = {"use": "train", "steps": STEPS, "save_every": 1, "keep": 9, "tensorboard": False}
+        task = {"use": "train", "steps": STEPS, "save_every": 1, "keep": 9, "trackers": []}
         given = {key: value for key, value in self.recipe.items() if key != "task"}
         content = {
             **RECIPE,

@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from cvx_core.hooks import GROUP
+from cvx_core.nesting import choices_in
 from cvx_core.registry import Choice, Component
 
 
@@ -14,10 +15,9 @@ def components_of(choices: Iterable[Choice]) -> Iterator[Component]:
     """Yield the components of choices, those of their weights and of nested fields included."""
     for choice in choices:
         yield choice.component
-        fields = type(choice.config).model_fields if choice.config is not None else ()
-        values = (getattr(choice.config, name) for name in fields)
-        nested = [value for value in (choice.weights, *values) if isinstance(value, Choice)]
-        yield from components_of(nested)
+        if choice.weights is not None:
+            yield from components_of([choice.weights])
+        yield from components_of(choices_in(choice.config))
 
 
 def plugin_lock(used: Iterable[Component]) -> list[dict[str, Any]]:

@@ -59,12 +59,13 @@ class LoopConfig(TaskConfig):
     """Keep a running average of the weights, such as `{decay: 0.999}`; null keeps none."""
     resume: Literal["none", "auto"] | InputPath = "none"
     """`auto`: go on from the newest complete checkpoint in the output folder, if any; or the path of one."""
-    tensorboard: bool = True
-    """Write TensorBoard scalars beside log.jsonl."""
+    trackers: Any = ({"use": "tensorboard"},)
+    """Where the run is shown besides log.jsonl and report.html, such as `[{use: wandb}]`; [] for nowhere."""
     export: Any = None
     """Format of the final weights in <output>/model; null leaves only checkpoints."""
 
     nested: ClassVar = {"export": "format"}
+    listed: ClassVar = {"trackers": "tracker"}
 
     @model_validator(mode="after")
     def _stop_within(self) -> LoopConfig:
@@ -75,6 +76,15 @@ class LoopConfig(TaskConfig):
         if self.skip_limit is not None and self.non_finite == "stop":
             raise ValueError("skip_limit has no meaning with non_finite: stop. Set skip, or leave it out.")
         return self
+
+    def check(self, spec: Spec) -> Iterable[Problem]:
+        """Yield the trackers' problems, and those named twice."""
+        names = [tracker.name for tracker in self.trackers]
+        for number, tracker in enumerate(self.trackers):
+            if tracker.name in names[:number]:
+                yield Problem(f"trackers.{number}", f"{tracker.name!r} is named twice. Keep one.")
+            for problem in tracker.config.check(spec):
+                yield Problem(f"trackers.{number}.{problem.path}", problem.message)
 
 
 class TrainConfig(LoopConfig):
@@ -101,6 +111,7 @@ class TrainConfig(LoopConfig):
     """Export the predictor with the adapter's change worked in, in place of the adapter alone."""
 
     def check(self, spec: Spec) -> Iterable[Problem]:
+        yield from super().check(spec)
         if self.memory and spec.video.start == "random":
             yield Problem("memory", "keeps one latent per row, so video.start must be 'first' or 'center'.")
         if self.memory and spec.loader.buckets is not None:
@@ -236,6 +247,7 @@ class TrainAutoencoderConfig(LoopConfig):
     """Export with the scale factor that gives the latents of these clips unit variance."""
 
     def check(self, spec: Spec) -> Iterable[Problem]:
+        yield from super().check(spec)
         if self.measure_scale and self.export is None:
             yield Problem("measure_scale", "has nothing to do without `export: {use: hf}`. Add it.")
         yield from _export_problems(self.export, spec, "autoencoder")

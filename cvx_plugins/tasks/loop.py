@@ -146,7 +146,7 @@ class Loop:
         if not self._mesh.is_first:
             return None
         write_facts(self._spec, self._loaded, self._device, self._mesh.degrees.world, step)
-        return Record(self._spec, step, self._config.tensorboard)
+        return Record(self._spec, step, self._config.trackers)
 
     def _works(self, loader: Loader, cursor: Cursor, number: int, records: Record | None) -> Iterator[Work]:
         for after, batch in loader.iterate(cursor):

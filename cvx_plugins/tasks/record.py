@@ -6,7 +6,7 @@ Written on the first rank only. Nothing here may end a run: what cannot be writt
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from cvx_core import device as devices
 from cvx_core.errors import CvxError
 from cvx_core.interfaces import Batch
+from cvx_core.registry import Choice
 from cvx_core.spec import Spec
 from cvx_io.atomic import write_json, write_text
 from cvx_io.log import RunLog
@@ -26,6 +27,7 @@ from cvx_io.record.environment import environment, now
 from cvx_io.record.lock import components_of, plugin_lock
 from cvx_io.report import write_report
 from cvx_io.video_write import to_uint8, write_mp4
+from cvx_plugins.tasks.tracking import Tracking
 
 log = logging.getLogger("cvx")
 CLIPS = 4
@@ -62,9 +64,11 @@ def end(folder: Path, how: str) -> None:
 class Record:
     """The record of a training run. A context: leaving it notes how the run ended, and writes the report."""
 
-    def __init__(self, spec: Spec, step: int, tensorboard: bool):
+    def __init__(self, spec: Spec, step: int, trackers: Sequence[Choice]):
+        """Open it at a step. Raises CvxError where a tracker cannot start."""
         self._spec, self._folder = spec, spec.output
-        self._log = RunLog(self._folder, step, tensorboard)
+        self._log = RunLog(self._folder, step)
+        self._tracking = Tracking(trackers, spec, step)
         self._wants_clips = not (self._folder / files.GIVEN).exists()
 
     def __enter__(self) -> Record:
@@ -73,12 +77,20 @@ class Record:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        self._log.close()
+        self._tracking.close()
         end(self._folder, _how(error))
 
     def write(self, step: int, exact: Mapping[str, Any], speed: Mapping[str, float]) -> None:
-        """Log one step, as RunLog does."""
+        """Log one step, as RunLog does, and show it."""
         self._log.write(step, exact, speed)
+        self._tracking.scalars(step, {**exact, **speed})
+
+    def validated(self, step: int, exact: Mapping[str, Any], grid: Path | None) -> None:
+        """Log a validation, in a line of its own, and show it. grid: its videos side by side."""
+        self._tracking.scalars(step, exact)
+        if grid is not None:
+            self._tracking.video(step, "validation/videos", grid)
+        self._log.write(step, exact)
 
     def look(self, batch: Batch) -> None:
         """Keep some clips of the first batch of a run that has pixels, with their prompts."""

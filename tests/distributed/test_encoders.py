@@ -194,7 +194,7 @@ def test_a_run_with_all_of_them_does_what_one_process_does(tmp_path):
     data = yaml.safe_load(text([], batch=2))
     data |= {"video": {"frames": 9, "height": 16, "width": 32}, "output": str(tmp_path / "one")}
     data["predictor"] |= {"sample_height": 2, "sample_width": 4}
-    data["task"] = {"use": "train", "steps": 3, "tensorboard": False}
+    data["task"] = {"use": "train", "steps": 3, "trackers": []}
     one = yaml.safe_dump(data)
     data |= {"output": str(tmp_path / "four"), "loader": {"batch": 1}}
     data["parallel"] = [

@@ -60,7 +60,7 @@ def image_to_video(folder: Path) -> Path:
     base = yaml.safe_load(TRAIN) | {"output": str(folder / "base")}
     base["predictor"] |= {"image_condition": True}
     first = base | {"adapter": {"use": "lora", "rank": 3, "alpha": 5}, "output": str(folder / "first")}
-    task = {"use": "train", "steps": 1, "tensorboard": False, "export": {"use": "diffusers-lora"}}
+    task = {"use": "train", "steps": 1, "trackers": [], "export": {"use": "diffusers-lora"}}
     first["task"] = task
     weights = {"use": "diffusers-lora", "path": str(folder / "first/adapter")}
     files = {"base": base, "first": first}
@@ -131,7 +131,7 @@ def test_files_and_videos_of_several_ranks_are_those_of_one(tmp_path):
 def test_a_lora_without_effect_ends_every_rank_after_saving(tmp_path):
     data = yaml.safe_load(TRAIN) | {"adapter": {"use": "lora", "rank": 2}, "parallel": [ZERO3]}
     data["optimizer"]["lr"] = 1e-30
-    data["task"] = {"use": "train", "steps": 1, "tensorboard": False}
+    data["task"] = {"use": "train", "steps": 1, "trackers": []}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(data | {"output": str(tmp_path / "out")}))
     assert on_ranks(2, run.main, [str(tmp_path / "r.yaml")]) == [2, 2]
     assert list((tmp_path / "out/checkpoints").glob("step-*"))
@@ -140,7 +140,7 @@ def test_a_lora_without_effect_ends_every_rank_after_saving(tmp_path):
 @pytest.mark.slow
 def test_a_run_goes_on_from_trained_factors_alone_on_other_meshes(tmp_path):
     data = yaml.safe_load(TRAIN) | {"adapter": USUAL}
-    data["task"] = {"use": "train", "steps": 3, "tensorboard": False, "export": {"use": "diffusers-lora"}}
+    data["task"] = {"use": "train", "steps": 3, "trackers": [], "export": {"use": "diffusers-lora"}}
     runs = {"alone": data | {"loader": {"batch": 2}, "output": str(tmp_path / "alone")}}
     links = {1: [{"use": "tp", "size": 2}, ZERO3], 2: [{"use": "pp", "stages": [1, 1]}, ZERO3], 3: []}
     for last, parallel in links.items():

@@ -74,7 +74,7 @@ def test_every_schedule_with_model_axes(other):
 
 
 def argv(folder, out, *settings):
-    fixed = (f"output={folder / out}", "task.tensorboard=false", "task.accumulate=2", "loader.batch=3")
+    fixed = (f"output={folder / out}", "task.trackers=[]", "task.accumulate=2", "loader.batch=3")
     return [str(folder / "r.yaml"), *(f"--set={item}" for item in (*fixed, *settings))]
 
 

@@ -31,7 +31,7 @@ autoencoder: {use: cogvideox-vae, latent_channels: 4, base_channels: 8, blocks_p
 dataset: {use: synthetic, rows: 9}
 loader: {batch: 4}
 optimizer: {use: adamw, lr: 1e-3, weight_decay: 1e-2}
-task: {use: train, steps: 8, tensorboard: false, save_every: 1, keep: 9, warmup: 2, ema: {decay: 0.9}}
+task: {use: train, steps: 8, trackers: [], save_every: 1, keep: 9, warmup: 2, ema: {decay: 0.9}}
 """
 LINKS = [
     (4, 2, ["tp", "zero2"], 2),

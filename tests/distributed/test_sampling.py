@@ -31,7 +31,7 @@ text_encoder: {use: t5, num_layers: 1, dim: 32, num_heads: 2, max_length: 8, tok
 autoencoder: {use: cogvideox-vae, latent_channels: 4, base_channels: 8, blocks_per_level: 1}
 dataset: {use: synthetic, rows: 2}
 optimizer: {use: adamw, lr: 1e-2}
-task: {use: train, steps: 1, tensorboard: false, export: {use: hf}, export_whole: true}
+task: {use: train, steps: 1, trackers: [], export: {use: hf}, export_whole: true}
 """
 PROMPTS = ["a red circle", "a blue square", "a ring"]
 CFG, CP, RING = {"use": "cfg-parallel"}, {"use": "cp", "ulysses": 2}, {"use": "cp", "ring": 2}

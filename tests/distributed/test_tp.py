@@ -76,7 +76,7 @@ def test_a_checkpoint_goes_on_in_one_process(tmp_path):
     (tmp_path / "r.yaml").write_text(matrix.recipe("1.0-t2v", [], "float64", layers=2))
 
     def argv(out, *settings):
-        fixed = (f"output={tmp_path / out}", "task.tensorboard=false", "task.export=null", "task.steps=3")
+        fixed = (f"output={tmp_path / out}", "task.trackers=[]", "task.export=null", "task.steps=3")
         return [str(tmp_path / "r.yaml"), *(f"--set={item}" for item in (*fixed, *settings))]
 
     assert run.main(argv("whole")) == 0

@@ -27,7 +27,7 @@ autoencoder: {use: cogvideox-vae, latent_channels: 4, base_channels: 8, blocks_p
 dataset: {use: synthetic, rows: 9}
 loader: {batch: 4}
 optimizer: {use: adamw, lr: 1e-3, weight_decay: 1e-2}
-task: {use: train, steps: 8, tensorboard: false, warmup: 2}
+task: {use: train, steps: 8, trackers: [], warmup: 2}
 """
 LINKS = [
     (2, 2, [{"use": "zero1"}], 2),

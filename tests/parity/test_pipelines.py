@@ -224,7 +224,7 @@ text_encoder: {use: t5, num_layers: 1, dim: 32, num_heads: 2, tokenizer: tokeniz
 autoencoder: {use: cogvideox-vae, latent_channels: 4, base_channels: 8, blocks_per_level: 1}
 scheduler: {use: dpm, snr_shift: 3.0}
 dataset: {use: synthetic, rows: 2}
-task: {use: train, steps: 3, tensorboard: false, export: {use: hf}, export_whole: true}
+task: {use: train, steps: 3, trackers: [], export: {use: hf}, export_whole: true}
 """
 
 

@@ -31,7 +31,7 @@ text_encoder: {use: t5, num_layers: 1, dim: 32, num_heads: 2, tokenizer: bytes}
 autoencoder: {use: cogvideox-vae, latent_channels: 4, base_channels: 8, scale_factor: 1.5}
 dataset: {use: npz-cache, path: data.csv, latents: latents, texts: texts, unconditional: none.npz}
 loader: {batch: 2}
-task: {use: train, steps: 2, tensorboard: false}
+task: {use: train, steps: 2, trackers: []}
 """
 
 

@@ -200,7 +200,7 @@ def test_base_weights_load_without_the_factors(tmp_path):
 
 def test_dropout_is_the_same_after_a_resume_and_when_recomputed(tmp_path):
     data = yaml.safe_load(recipe({"rank": 4, "dropout": 0.5}))
-    data["task"] |= {"tensorboard": False, "steps": 3}
+    data["task"] |= {"trackers": [], "steps": 3}
     data["dataset"]["rows"] = 4
 
     def losses(name: str, *stops: int | None, parallel: tuple[str, ...] = ()) -> list[float]:

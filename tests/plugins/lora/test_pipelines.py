@@ -33,7 +33,7 @@ def train(folder: Path, name: str, **adapter) -> Path:
         adapter={"use": "lora", "rank": 2, "alpha": 3, **adapter},
         dataset={"use": "synthetic", "rows": 2},
         optimizer={"use": "adamw", "lr": 5e-2},
-        task={"use": "train", "steps": 2, "tensorboard": False, "export": {"use": "diffusers-lora"}},
+        task={"use": "train", "steps": 2, "trackers": [], "export": {"use": "diffusers-lora"}},
     )
 
 

@@ -26,7 +26,7 @@ autoencoder: {use: cogvideox-vae, latent_channels: 4, base_channels: 8, blocks_p
 dataset: {use: synthetic, rows: 6}
 loader: {batch: 2}
 optimizer: {use: adamw, lr: 1e-3}
-task: {use: train, steps: 4, tensorboard: false}
+task: {use: train, steps: 4, trackers: []}
 """
 
 

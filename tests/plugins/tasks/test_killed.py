@@ -36,7 +36,7 @@ text_encoder: {use: t5, num_layers: 1, dim: 16, num_heads: 2, max_length: 4, tok
 autoencoder: {use: cogvideox-vae, latent_channels: 4, base_channels: 8, blocks_per_level: 1}
 dataset: {use: synthetic, rows: 7}
 optimizer: {use: adamw, lr: 1e-3}
-task: {use: train, steps: 80, schedule: cosine, tensorboard: false, save_every: 1, resume: auto}
+task: {use: train, steps: 80, schedule: cosine, trackers: [], save_every: 1, resume: auto}
 """
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["cvx_core.testing.preload"])

@@ -10,7 +10,7 @@ RECIPE = {
     "dataset": {"use": "synthetic", "rows": 8},
     "loader": {"batch": 4},
     "optimizer": {"use": "adamw", "lr": 3e-3},
-    "task": {"use": "train-autoencoder", "steps": 12, "tensorboard": False, "export": {"use": "hf"}},
+    "task": {"use": "train-autoencoder", "steps": 12, "trackers": [], "export": {"use": "hf"}},
 }
 
 
