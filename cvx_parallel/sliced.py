@@ -20,6 +20,7 @@ from cvx_core.errors import CvxError
 from cvx_core.interfaces import ParamGroup
 from cvx_core.mesh import AXES, JOINED, Mesh
 from cvx_parallel.data_parallel import BUCKET
+from cvx_parallel.optimizer_state import contiguous, load_exactly, whole_shape
 
 Make = Callable[[Sequence[ParamGroup]], torch.optim.Optimizer]
 
@@ -94,7 +95,7 @@ class Sliced(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state with every tensor in the shape of its parameter, as a DTensor."""
+        """Return the state with every tensor as a part of the whole parameter's, as a DTensor."""
         packed: dict[str, Any] = super().state_dict()
         for part, values in self._stated(packed["state"]):
             values.update({key: self._whole(part, value) for key, value in values.items()})
@@ -105,7 +106,7 @@ class Sliced(torch.optim.Optimizer):
         packed = {**state_dict, "state": {key: dict(values) for key, values in state_dict["state"].items()}}
         for values in packed["state"].values():
             values.update({key: held(v) for key, v in values.items() if isinstance(v, Tensor)})
-        super().load_state_dict(packed)
+        load_exactly(self, packed)
 
     def _stated(self, state: dict[Any, Any]) -> Iterator[tuple[Slice, dict[str, Any]]]:
         """Yield each slice with a copy of its state, put in place of the state itself."""
@@ -123,14 +124,15 @@ class Sliced(torch.optim.Optimizer):
         axes = tuple(axis for axis, _ in dims)
         if axes not in self._layouts:
             self._layouts[axes] = ordered(self._mesh, axes)
-        layout, (shape, stride) = self._layouts[axes], (part.param.shape, part.param.stride())
+        layout, shape = self._layouts[axes], whole_shape(part.param, value)
+        stride = part.param.stride() if shape == part.param.shape else contiguous(shape)
         placements = [placement for _, placement in dims]
         return DTensor.from_local(value, layout, placements, run_check=False, shape=shape, stride=stride)
 
     def _checked(self, part: Slice) -> dict[str, Any]:
         state: dict[str, Any] = self._inner.state[part.rows]
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != part.rows.shape:
+            if isinstance(value, Tensor) and value.ndim and not _goes_by_rows(value, part.rows):
                 raise CvxError(
                     f"the optimizer keeps {key!r} of shape {list(value.shape)} for {list(part.rows.shape)} "
                     f"rows of {part.name!r}, which cannot be shared out by rows. Use zero2, or adamw."
@@ -143,6 +145,10 @@ class Sliced(torch.optim.Optimizer):
             if (group := self._mesh.group(axis)) is not None:
                 for bucket in _buckets([part for part in self._slices if part.axis == axis]):
                     _broadcast(bucket, group, self._mesh.size(axis))
+
+
+def _goes_by_rows(value: Tensor, rows: Tensor) -> bool:
+    return value.ndim >= min(rows.ndim, 2) and value.shape[0] == rows.shape[0]
 
 
 def _broadcast(bucket: Sequence[Slice], group: dist.ProcessGroup, size: int) -> None:
