@@ -14,7 +14,7 @@ from cvx_core.errors import CvxError, SaidError
 from cvx_core.mesh import solve
 from cvx_core.recipe import load
 from cvx_core.registry import KINDS, Registry
-from cvx_core.spec import Spec, resolve
+from cvx_core.spec import WEIGHTED, Spec, resolve
 from cvx_core.world import World
 
 EXAMPLES = """examples:
@@ -86,6 +86,7 @@ def report(spec: Spec, world: int | None = None) -> str:
     world = getattr(spec.config("task"), "ranks", None) or world
     lines = [f"{spec.recipe.source}: ok ({spec.digest})"]
     lines += [f"  {note}" for note in spec.notes]
+    lines += [f"  {section}: random weights, from seed {spec.run.seed}" for section in _without_weights(spec)]
     chosen = ", ".join(f"{section} {choice.name}" for section, choice in spec.choices.items())
     lines.append(f"  {chosen}")
     if spec.loader.buckets is None:
@@ -99,6 +100,14 @@ def report(spec: Spec, world: int | None = None) -> str:
         lines.append(f"  parallel {names}" + (f": {solve(spec.requests, world)}" if world else ""))
     lines.append(f"  output {spec.output}")
     return "\n".join(lines)
+
+
+def _without_weights(spec: Spec) -> list[str]:
+    """Return the sections of models that the task fills with random weights."""
+    if getattr(spec.config("task"), "ranks", None) is not None:  # builds none
+        return []
+    models = {name: choice for name, choice in spec.choices.items() if name in WEIGHTED and name != "adapter"}
+    return [name for name, choice in models.items() if choice.weights is None and name not in spec.unbuilt]
 
 
 def listing(registry: Registry, kind: str | None) -> str:

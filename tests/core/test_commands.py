@@ -32,6 +32,8 @@ def test_check_says_what_a_recipe_resolves_to(recipe, capsys):
     out = capsys.readouterr().out
     assert "tiny.yaml: ok" in out
     assert "predictor cogvideox" in out
+    assert "autoencoder: random weights, from seed" in out
+    assert "adapter" not in out
     assert "9 frames of 32x48 at 8 fps" in out
     assert str(recipe.parent / "runs" / "tiny") in out
 
