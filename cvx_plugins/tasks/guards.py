@@ -96,10 +96,14 @@ def bad_gradients(named: Sequence[tuple[str, Tensor]], mesh: Mesh) -> str:
 
 
 class Changed:
-    """Tells whether an update changed anything: the first values of each parameter that this rank holds."""
+    """Tells whether an update changed anything: the first values of each parameter that this rank holds.
 
-    def __init__(self, params: Sequence[Tensor]):
-        self._params = params
+    Where the optimizer keeps a `master` of a parameter, that counts: many updates may pass before one shows
+    in the parameter.
+    """
+
+    def __init__(self, params: Sequence[Tensor], optimizer: torch.optim.Optimizer):
+        self._params, self._state = params, optimizer.state
         self._before = self._values()
 
     def __bool__(self) -> bool:
@@ -107,7 +111,12 @@ class Changed:
 
     @torch.no_grad()
     def _values(self) -> Tensor:
-        return torch.cat([local(param.detach()).reshape(-1)[:_WATCHED] for param in self._params])
+        return torch.cat([self._first(param) for param in self._params])
+
+    def _first(self, param: Tensor) -> Tensor:
+        held = self._state[param].get("master", param) if param in self._state else param
+        values = local(held.detach()).reshape(-1)[:_WATCHED]
+        return values.to(param.device, torch.promote_types(param.dtype, torch.float32))
 
 
 def _finite(value: Any) -> bool:

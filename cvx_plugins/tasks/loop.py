@@ -257,7 +257,7 @@ class Loop:
             )
         if self._config.grad_clip is not None:
             shrink(params, self._config.grad_clip, total)
-        changed = guards.Changed(params)
+        changed = guards.Changed(params, self._optimizer)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._changed, self._in_a_row = bool(changed), 0
