@@ -31,6 +31,7 @@ class PlanConfig(TaskConfig):
     )
     trains: ClassVar = "predictor"
     from_features: ClassVar = True
+    buckets: ClassVar = True
 
     of: Literal["train"] = "train"
     """The task that is planned."""

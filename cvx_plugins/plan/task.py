@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cvx_core.interfaces import Parts
 from cvx_core.spec import Spec
 from cvx_io.atomic import write_json
 from cvx_plugins.plan import PlanConfig
+from cvx_plugins.plan.buckets import of_each
 from cvx_plugins.plan.figures import Figures, Planned, plain, planned
 from cvx_plugins.plan.switches import Change, changes
 
@@ -38,10 +39,15 @@ class PlanTask:
 
     def run(self, parts: Parts, spec: Spec) -> None:
         """Write <output>/plan.json and log the same."""
-        result, config = planned(spec), self._config
-        for line in table(result):
-            log.info("%s", line)
+        config, specs = self._config, of_each(spec)
+        results = {name: planned(one) for name, one in specs.items()}
+        fullest = max(results, key=lambda name: results[name].peak)
+        spec, result = specs[fullest], results[fullest]
         data = plain(result)
+        for line in by_bucket(results, fullest) + table(result):
+            log.info("%s", line)
+        if fullest:
+            data |= {"bucket": fullest, "buckets": {name: brief(one) for name, one in results.items()}}
         if config.memory_gb is not None:
             fits = result.peak <= config.memory_gb * 1e9
             found = [] if fits else changes(spec, result)
@@ -51,6 +57,23 @@ class PlanTask:
         spec.output.mkdir(parents=True, exist_ok=True)
         write_json(spec.output / "plan.json", data)
         log.info("saved %s", spec.output / "plan.json")
+
+
+def brief(result: Planned) -> dict[str, Any]:
+    """Return the figures of a bucket that are compared with those of others."""
+    seconds = result.seconds["step"] if result.seconds is not None else None
+    return {"peak": result.peak, "rows": result.rows, "step": seconds}
+
+
+def by_bucket(results: Mapping[str, Planned], fullest: str) -> list[str]:
+    """Return a line for each bucket, and which of them the rest is about; nothing where there are none."""
+    if list(results) == [""]:
+        return []
+    lines = []
+    for name, result in results.items():
+        takes = f", a step takes {result.seconds['step']:.2f} s" if result.seconds is not None else ""
+        lines.append(f"bucket {name}: {result.rows} rows a step, {_gb(result.peak)} GB{takes}")
+    return [*lines, f"of bucket {fullest}, which takes most memory:"]
 
 
 def table(result: Planned) -> list[str]:

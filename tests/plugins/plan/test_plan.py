@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cvx_core.errors import RecipeError
 from cvx_core.recipe import load, parse
@@ -98,3 +99,34 @@ def test_where_no_change_is_enough_several_are_made():
 def test_a_world_that_does_not_fit_the_mesh_is_refused():
     with pytest.raises(RecipeError, match="tp 2"):
         resolve(parse(text([{"use": "tp"}, {"use": "zero3"}], 7)))
+
+
+def test_buckets_are_planned_one_by_one(tmp_path):
+    recipe = yaml.safe_load(text([{"use": "zero2"}], 4, video={}, task={"flops": 1, "memory_gb": 1e-3}))
+    table = {"48x80": {9: [0.5, 2], 1: [1.0, 8]}, "36p": {17: [1.0, 1]}, "96x96": {49: [0.0, 9]}}
+    aspects = ["1:1", "16:9"]
+    (tmp_path / "r.yaml").write_text(
+        yaml.safe_dump({**recipe, "loader": {"buckets": table, "aspects": aspects}, "output": str(tmp_path)})
+    )
+    assert main([str(tmp_path / "r.yaml")]) == 0
+    data = json.loads((tmp_path / "plan.json").read_text())
+    assert set(data["buckets"]) == {"48x80.9", "48x80.1", "36p.17"}  # one that keeps nothing aside
+    for name, (frames, height, width, batch) in {
+        "48x80.9": (9, 48, 80, 2),
+        "48x80.1": (1, 48, 80, 8),
+        "36p.17": (17, 48, 48, 1),
+    }.items():
+        video = {"frames": frames, "height": height, "width": width}
+        alone = {**recipe, "video": video, "loader": {"batch": batch}}
+        result = planned(resolve(parse(yaml.safe_dump(alone))))
+        assert data["buckets"][name] == {
+            "peak": result.peak,
+            "rows": 4 * batch,
+            "step": result.seconds["step"],
+        }
+    assert (
+        data["peak"]
+        == data["buckets"][data["bucket"]]["peak"]
+        == max(one["peak"] for one in data["buckets"].values())
+    )
+    assert all(change["rows"] for change in data["changes"])
