@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -20,20 +23,47 @@ Body = Callable[[Tokens], Tokens]
 Run = Callable[[Body, Tokens], Tokens]
 
 
-def recomputed(run: Run, keep_attention: bool) -> Run:
+def recomputed(run: Run, keep_attention: bool, offload: bool = False) -> Run:
     """Return a `run` that keeps a block's input only, and the outputs of attention kernels where asked to.
 
-    Collectives inside are issued again in the backward pass, on all ranks in the same order.
+    offload: the input waits in host memory. Collectives inside are issued again in the backward pass, on all
+    ranks in the same order.
     """
     options: dict[str, Any] = {"use_reentrant": False}
     if keep_attention:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
 
     def again(body: Body, tokens: Tokens) -> Tokens:
-        result: Tokens = checkpoint(partial(run, body), tokens, **options)
+        streams, rest = (tokens.video, tokens.text), tokens._replace(video=None, text=None)  # type: ignore[arg-type]
+
+        def whole(video: Tensor, text: Tensor) -> Tokens:
+            return run(body, rest._replace(video=video, text=text))
+
+        kept: AbstractContextManager[Any] = saved_tensors_hooks(_to_host, _back) if offload else nullcontext()
+        with kept:
+            result: Tokens = checkpoint(whole, *streams, **options)
         return result
 
     return again
+
+
+Away = tuple[torch.device, torch.Size, torch.dtype, Tensor | None]
+"""What a tensor was, and its values; none on meta."""
+
+
+def _to_host(tensor: Tensor) -> Away:
+    host = None
+    if tensor.device.type == "cpu":
+        host = tensor
+    elif not tensor.is_meta:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+        host.copy_(tensor)
+    return tensor.device, tensor.shape, tensor.dtype, host
+
+
+def _back(away: Away) -> Tensor:
+    device, shape, dtype, host = away
+    return host.to(device) if host is not None else torch.empty(shape, dtype=dtype, device=device)
 
 
 def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

@@ -17,7 +17,7 @@ class Recompute:
 
     def apply(self, parts: Parts) -> Parts:
         for block in parts.blocks[:: self.cfg.every]:
-            block.run = recomputed(block.run, keep_attention=self.cfg.mode == "selective")
+            block.run = recomputed(block.run, self.cfg.mode == "selective", self.cfg.offload)
         return parts
 
 

@@ -23,6 +23,8 @@ class RecomputeConfig(StrategyConfig):
     """Recompute one block in so many, the first being one of them; 1 recomputes all."""
     mode: Literal["full", "selective"] = "full"
     """full keeps what enters a block only; selective also what attention returns, its costliest part."""
+    offload: bool = False
+    """Keep what enters a recomputed block in host memory until then; takes two copies of it per block."""
 
     def check(self, spec: Spec) -> Iterable[Problem]:
         """Yield why there is nothing to recompute."""

@@ -166,6 +166,8 @@ class Layout:
     def _optimizer_bytes(self) -> Callable[[Shape], int]:
         choice = self.spec.choices.get("optimizer") or _usual(self.spec)
         make = choice.build(Deps(self.spec))
+        if getattr(choice.config, "offload", False):
+            return lambda _shape: 0  # it lies in host memory
         return lru_cache(None)(lambda shape: state_of(make, shape, self.dtype))
 
 

@@ -99,6 +99,8 @@ def edits(spec: Spec) -> Iterator[tuple[str, Edit]]:
         yield "recompute selective", _adds({"use": "recompute", "mode": "selective"})
     if recompute is None or recompute.mode != "full" or recompute.every > 1:
         yield "recompute", _instead(("recompute",), {"use": "recompute"})
+    if recompute is None or not recompute.offload:
+        yield "recompute offload", _instead(("recompute",), {"use": "recompute", "offload": True})
     for data in ("zero2", "zero3"):
         if data not in uses and not {"zero3", "layerzero"} & set(uses):
             yield data, _instead(DATA_AXIS, {"use": data})

@@ -19,7 +19,12 @@ from tests.distributed.matrix import compare, recipe
 FULL, SELECTIVE = {"use": "recompute"}, {"use": "recompute", "mode": "selective"}
 
 
-@pytest.mark.parametrize("mode", [FULL, {**SELECTIVE, "every": 3}], ids=["full", "selective"])
+OFFLOAD = {**FULL, "offload": True}
+
+
+@pytest.mark.parametrize(
+    "mode", [FULL, {**SELECTIVE, "every": 3}, OFFLOAD], ids=["full", "selective", "offload"]
+)
 @pytest.mark.parametrize("variant", ["1.0-t2v", "1.5-i2v"])
 def test_alone(variant, mode):
     compare(variant, [mode], world=1)

@@ -118,6 +118,22 @@ def test_activations_of_one_rank(parallel, dtype):
     assert_close(measured(text(parallel, 1, plan=False, **changes)), plan_of(parallel, 1, **changes))
 
 
+def test_block_inputs_in_host_memory_are_not_counted():
+    here, away = (
+        Passes(Layout(spec), Sample(spec))
+        for spec in (
+            plan_of([{"use": "recompute", "offload": offload}], 1, **SIZES) for offload in (False, True)
+        )
+    )
+    tokens = here.outline.video.shape[1] + here.outline.text.shape[1]
+    blocks = SIZES["num_layers"]
+    entering = ROWS * tokens * here.outline.video.shape[2] * here.dtype.itemsize
+    before, after = (passes.of(blocks, True, True, ROWS) for passes in (here, away))
+    assert before.kept - after.kept == blocks * entering
+    assert before.peak - after.peak == pytest.approx((blocks - 1) * entering, rel=0.01)
+    assert before.flops == after.flops
+
+
 SHARED = {
     "ulysses": [{"use": "cp", "ulysses": 2}],
     "ring": [{"use": "cp", "ring": 2}],
