@@ -63,9 +63,14 @@ class LoaderConfig(Config):
     """Aspect ratios, width:height, of buckets such as 480p; `own` keeps that of every clip."""
     enlarge: Annotated[float, Field(ge=1)] = 1.12
     """By how much, per side, a clip may be enlarged to fill a bucket."""
+    unreadable: Literal["error", "skip"] = "error"
+    """A clip that cannot be decoded, or is too short, ends the run when it is read; or all clips are decoded
+    once before the first step, and those are left out, counted and reported. Buckets leave out in either
+    case what they see in a file without decoding it.
+    """
     max_drop: Probability | None = None
     """Share of an epoch's rows that may be dropped, those that keep_prob passes over aside, before that is an
-    error; null is 0.1 with buckets, and no limit without.
+    error; null is 0.1 with buckets or `unreadable: skip`, and no limit without.
     """
 
     @field_validator("buckets", mode="before")
@@ -99,6 +104,9 @@ class LoaderConfig(Config):
 
     def check(self, spec: Spec) -> Iterable[Problem]:
         """Yield which buckets the predictor cannot take, and what has no meaning with or without buckets."""
+        if self.unreadable == "skip" and "autoencoder" in getattr(spec.config("dataset"), "replaces", ()):
+            name = spec.name_of("dataset")
+            yield Problem("unreadable", f"is about clips, and dataset {name!r} has none. Leave it out.")
         if self.buckets is None:
             for name in ("aspects", "enlarge"):
                 if getattr(self, name) != LoaderConfig.model_fields[name].default:

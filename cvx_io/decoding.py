@@ -6,7 +6,7 @@ import hashlib
 import io
 import multiprocessing
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from cvx_core.errors import FormatError
+from cvx_core.errors import CvxError, FormatError
 from cvx_core.interfaces import Reader, Row
 from cvx_io.clips import Facts, facts_of, is_still, read_still
 from cvx_io.members import open_binary
@@ -74,7 +74,7 @@ def _digest(path: Path) -> str:
 
 def decode_all(
     rows: Sequence[Row], reader: Reader, jobs: int = 1, timeout_s: float = 300
-) -> Iterator[Decoded | FormatError]:
+) -> Generator[Decoded | FormatError, None, None]:
     """Yield what each row decodes to, in order, or why it does not. jobs: processes; timeout_s: per file."""
     here = threading.local()
     started: list[_Process] = []
@@ -127,7 +127,16 @@ class _Process:
         self._process = _context.Process(target=_serve, args=(theirs, self._reader), daemon=True)
         self._process.start()
         theirs.close()
-        self._pipe.recv()  # that it runs: what it imports first is no file's fault
+        try:
+            self._pipe.recv()  # that it runs: what it imports first is no file's fault
+        except EOFError as error:
+            self._process.join()
+            code = self._process.exitcode
+            self.end()
+            raise CvxError(
+                f"the process that decodes does not start (exit code {code}); it says why above. Is the "
+                "reader's package installed, and its class at the top of a module?"
+            ) from error
 
     def end(self) -> None:
         """Stop the process, whatever it does."""

@@ -10,7 +10,7 @@ Rows are sorted into buckets; without any, all are in one. A step is of one buck
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -146,7 +146,7 @@ class Loader:
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # else the global one would be drawn from
         )
-        for place, result in places:
+        for place, result in _of_living(places):
             if isinstance(result, CvxError):
                 raise result
             yield self.following(place), result
@@ -238,6 +238,19 @@ class Loader:
             return ""
         generator = keyed(self.seed, "caption", epoch, row.id)
         return row.captions[int(torch.randint(len(row.captions), (), generator=generator))]
+
+
+def _of_living(places: Iterable[Any]) -> Iterator[Any]:
+    """Yield the same. Raises CvxError where a worker dies: a decoder that crashes cannot say so itself."""
+    try:
+        yield from places
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise CvxError(
+            f"a loader worker died: {str(error).splitlines()[0]} Memory ran out: lower loader.workers. Or a "
+            "clip crashes the decoder: `cvx data inspect` finds it, loader.unreadable: skip leaves it out."
+        ) from error
 
 
 class _Batches:

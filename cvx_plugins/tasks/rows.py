@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,11 +14,23 @@ from cvx_core.errors import FormatError
 from cvx_core.interfaces import Deps, Parts, Row
 from cvx_core.spec import Spec
 from cvx_io.atomic import write_json
-from cvx_io.buckets import Rules, Shape, Sorting, check_drops, counts, reasons_text, sort_rows
+from cvx_io.buckets import (
+    LEFT_OVER,
+    Bucket,
+    Offer,
+    Rules,
+    Shape,
+    Sorting,
+    check_drops,
+    counts,
+    reasons_text,
+    sort_rows,
+)
 from cvx_io.clips import Facts, probe
 from cvx_io.loader import Loader
 from cvx_io.progress import progress
-from cvx_io.video import Item, Pick, read_row
+from cvx_io.readable import Readable
+from cvx_io.video import Item, Pick, pick_frames, read_row
 
 log = logging.getLogger("cvx")
 MAX_DROP = 0.1
@@ -44,10 +56,15 @@ def make_loader(
     reader = spec.choices["reader"].build(Deps(spec)) if "reader" in spec.choices else None
     pick = Pick(video.frames, video.fps, video.rule, video.start, video.skip, video.short)
     sorting = None
+    world = parts.mesh.degrees.world
     if config.buckets is None:
         _refuse_stills(rows)
+        if config.unreadable == "skip":
+            sorting = usable(decode_first(rows, reader, spec, world), config.batch, pick)
     else:
-        sorting = sort_rows(probe_all(rows, reader, parts.mesh.degrees.world), rules_of(spec, pick))
+        is_skip = config.unreadable == "skip"
+        facts = decode_first(rows, reader, spec, world) if is_skip else probe_all(rows, reader, world)
+        sorting = sort_rows(facts, rules_of(spec, pick))
         if once:
             sorting = Sorting(tuple(replace(bucket, keep=1.0) for bucket in sorting.buckets), sorting.offers)
     loader = Loader(
@@ -62,13 +79,22 @@ def make_loader(
         workers=config.workers,
         sorting=sorting,
     )
-    most = config.max_drop if config.max_drop is not None else None if sorting is None else MAX_DROP
-    if most is not None:
-        check_drops(loader.fates(), most)
+    _check_drops(loader, spec)
     _tell(loader)
     if not once and parts.mesh.is_first:
         write_json(spec.output / "data.json", account_of(loader))
     return loader
+
+
+def _check_drops(loader: Loader, spec: Spec) -> None:
+    """Raise FormatError where more rows are dropped than the recipe allows, or than is usual."""
+    config, fates = spec.loader, loader.fates()
+    if config.max_drop is not None:
+        check_drops(fates, config.max_drop)
+    elif config.buckets is not None:
+        check_drops(fates, MAX_DROP)
+    elif loader.sorting is not None:  # what fills no batch is nobody's fault
+        check_drops([fate for fate in fates if fate.reason != LEFT_OVER], MAX_DROP)
 
 
 def _refuse_stills(rows: Sequence[Row]) -> None:
@@ -87,20 +113,71 @@ def rules_of(spec: Spec, pick: Pick) -> Rules:
     return Rules(config.buckets, config.aspects, spec.card.size_step, config.enlarge, pick)
 
 
+def usable(facts: Sequence[Facts | FormatError], batch: int, pick: Pick) -> Sorting | None:
+    """Return one bucket for the clips that frames can be picked from, and why not from the others; None where
+    all can.
+    """
+    offers = [_offer(fact, pick) for fact in facts]
+    if all(offer.buckets for offer in offers):
+        return None
+    return Sorting((Bucket("all", batch),), tuple(offers))
+
+
+def _offer(fact: Facts | FormatError, pick: Pick) -> Offer:
+    if isinstance(fact, FormatError):
+        return Offer((), "unreadable", str(fact))
+    try:
+        if not fact.is_drawn and (fact.num_frames, pick.frames) != (1, 1):
+            pick_frames(fact.num_frames, fact.fps, replace(pick, start="first"), times=fact.times)
+    except FormatError as error:
+        return Offer((), "too short", str(error))
+    return Offer((0,))
+
+
+def decode_first(rows: Sequence[Row], reader: Any, spec: Spec, world: int = 1) -> list[Facts | FormatError]:
+    """Return the facts of every row after decoding each frame, as probe_all does after a look; what is found
+    is remembered in readable.json.
+    """
+    memory = Readable(spec.output / "readable.json")
+
+    def look(mine: Sequence[Row]) -> Iterator[Facts | FormatError]:
+        return memory.look(mine, reader, max(1, spec.loader.workers))
+
+    found = _shared(rows, look, world, "decode clips")
+    if world == 1 or dist.get_rank() == 0:
+        memory.save(rows, found)
+    return found
+
+
 def probe_all(rows: Sequence[Row], reader: Any, world: int = 1) -> list[Facts | FormatError]:
     """Return the facts of every row, the same on every rank: each rank looks at some of the files.
 
     One that cannot be read is an error in its place. Collective over `world` ranks.
     """
+
+    def look(mine: Sequence[Row]) -> Iterator[Facts | FormatError]:
+        for row in mine:
+            try:
+                yield probe(row, reader)
+            except FormatError as error:
+                yield FormatError(str(error))  # its cause may not survive the way to other ranks
+
+    return _shared(rows, look, world, "look at clips")
+
+
+def _shared(
+    rows: Sequence[Row],
+    look: Callable[[Sequence[Row]], Iterator[Facts | FormatError]],
+    world: int,
+    what: str,
+) -> list[Facts | FormatError]:
+    """Return what looking at every row gives; each rank looks at some of them."""
     rank = dist.get_rank() if world > 1 else 0
     mine = rows[rank::world]
     found: list[Facts | FormatError] = []
-    with progress("look at clips", len(mine)) as bar:
-        for row in mine:
-            try:
-                found.append(probe(row, reader))
-            except FormatError as error:
-                found.append(FormatError(str(error)))  # its cause may not survive the way to other ranks
+    with progress(what, len(mine)) as bar:
+        for one in look(mine):
+            found.append(one)
             bar.step()
     everyone: list[Any] = [found]
     if world > 1:

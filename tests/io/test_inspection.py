@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from cvx_core import cli, run
-from cvx_core.errors import FormatError
+from cvx_core.errors import CvxError, FormatError
 from cvx_core.interfaces import Row
 from cvx_io.decoding import Decoded, decode_all
 
@@ -194,3 +195,17 @@ def test_a_crash_and_a_hang_cost_one_file_each(tmp_path: Path) -> None:
         assert isinstance(error, FormatError)
         assert text in str(error)
         assert f"{name}.mp4" in str(error)
+
+
+class Unready:
+    """A reader that cannot reach another process."""
+
+    def __reduce__(self) -> Any:
+        return (sys.exit, (3,))
+
+
+def test_a_reader_that_does_not_start_is_no_files_fault(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    rows = [Row("a", ("x",), tmp_path / "a.mp4")]
+    with pytest.raises(CvxError, match=r"does not start \(exit code \d+\).*Is the reader's"):
+        list(decode_all(rows, Unready()))
