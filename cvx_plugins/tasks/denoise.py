@@ -24,12 +24,13 @@ def denoise(
     config: SampleConfig,
     generators: Sequence[torch.Generator],
     on_step: Callable[[], None] = lambda: None,
+    refuse: bool = True,
 ) -> Tensor:
     """Return latents (B,C,T,h,w) in float32.
 
     guided: asked where there is `uncond`; noise: (B,C,T,h,w) float32; uncond: None where the guidance scale
-    is 1; generators: one per video, so that a video does not depend on the others of its batch. Raises
-    CvxError where a latent is no longer finite.
+    is 1; generators: one per video, so that a video does not depend on the others of its batch. refuse: raise
+    CvxError where a latent is no longer finite; without, it stays so to the end.
     """
     latent = noise
     timesteps = scheduler.timesteps(config.steps)
@@ -56,7 +57,7 @@ def denoise(
         ]
         latent = torch.cat([new for new, _ in steps])
         memories = [memory for _, memory in steps]
-        if not torch.isfinite(latent).all():
+        if refuse and not torch.isfinite(latent).all():
             raise CvxError(
                 f"the latent is no longer finite after step {index + 1} of {config.steps} (timestep {t}). "
                 "Use dtype: bfloat16 or float32, and check the weights with `task: {use: evaluate}`."

@@ -6,12 +6,10 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from cvx_core.interfaces import Batch, Deps, Parts
@@ -21,11 +19,10 @@ from cvx_io.atomic import write_json
 from cvx_io.progress import progress
 from cvx_plugins.tasks import EvaluateConfig
 from cvx_plugins.tasks.encode import Encoder
+from cvx_plugins.tasks.measure import Bands, means, of_all_ranks, placed
 from cvx_plugins.tasks.rows import make_loader
-from cvx_plugins.tasks.train import prediction_loss
 
 log = logging.getLogger("cvx")
-TRAINING_STEPS = 1000
 
 
 class Measured(NamedTuple):
@@ -40,7 +37,7 @@ class Evaluate:
     """The `evaluate` task: writes evaluation.json and prints the same as a table."""
 
     def __init__(self, config: EvaluateConfig, deps: Deps):
-        self._config = config
+        self._config, self._bands = config, Bands(config.bands, config.draws)
 
     def prepare(self, parts: Parts, spec: Spec) -> Parts:
         """Encode without pixel noise on images: the measure is of the clean condition."""
@@ -54,43 +51,27 @@ class Evaluate:
         loader = make_loader(parts, spec, once=True, limit=self._config.rows)
         mine: list[Measured] = []
         with progress("evaluate", loader.account().batches) as bar:
-            for number, (_, batch) in enumerate(loader.iterate(epochs=1)):
-                start = number * loader.batch * loader.world + loader.rank
-                places = tuple(start + i * loader.world for i in range(len(batch.rows)))
+            for places, batch in placed(loader):
                 mine += self._measure(batch, places, parts, spec)
                 bar.step()
-        # Rows past the end are repeated ones, so that every rank has as many batches.
-        measured = [row for row in _of_all_ranks(mine, parts) if row.place < len(loader.rows)]
+        measured = of_all_ranks(mine, parts)
         if parts.mesh.is_first:
             self._write(measured, parts, spec)
 
     def _measure(self, batch: Batch, places: tuple[int, ...], parts: Parts, spec: Spec) -> list[Measured]:
-        """Measure a batch. places: of its rows in the data; they key all that is drawn."""
         features = parts.encoder(batch, Draws(spec.run.seed, 0, places))
-        by_band: list[list[float]] = []
-        for band, (low, high) in enumerate(self._bounds()):
-            total = torch.zeros(len(places))
-            for draw in range(self._config.draws):
-                draws = Draws(spec.run.seed, band * self._config.draws + draw, places)
-                drawn = [torch.randint(low, high, (1,), generator=g) for g in draws.of("evaluate")]
-                total += prediction_loss(parts, features, draws, torch.cat(drawn)).cpu()
-            by_band.append((total / self._config.draws).tolist())
-        losses = list(zip(*by_band, strict=True))
-        psnrs = _psnr(batch, parts)
-        return [Measured(*row) for row in zip(places, losses, psnrs, strict=True)]
-
-    def _bounds(self) -> list[tuple[int, int]]:
-        edges = [TRAINING_STEPS * i // self._config.bands for i in range(self._config.bands + 1)]
-        return list(pairwise(edges))
+        losses = self._bands.losses(parts, features, places, spec.run.seed)
+        return [Measured(*row) for row in zip(places, losses, _psnr(batch, parts), strict=True)]
 
     def _write(self, measured: Sequence[Measured], parts: Parts, spec: Spec) -> None:
+        losses = means([row.losses for row in measured])
         bands = [
-            {"from": low, "to": high, "loss": fmean(row.losses[band] for row in measured)}
-            for band, (low, high) in enumerate(self._bounds())
+            {"from": low, "to": high, "loss": loss}
+            for (low, high), loss in zip(self._bands.bounds(), losses, strict=True)
         ]
         result = {
             "rows": len(measured),
-            "loss": fmean(band["loss"] for band in bands),
+            "loss": fmean(losses),
             "bands": bands,
             "psnr": fmean(row.psnr for row in measured),
             "digest": spec.digest,
@@ -106,15 +87,6 @@ class Evaluate:
             len(measured),
             spec.output,
         )
-
-
-def _of_all_ranks(mine: list[Measured], parts: Parts) -> list[Measured]:
-    """Return what the ranks measured that read different rows, in the order of the data."""
-    everyone: list[Any] = [mine]
-    if (group := parts.mesh.group("batch")) is not None:
-        everyone *= parts.mesh.size("batch")
-        dist.all_gather_object(everyone, mine, group=group)
-    return sorted(row for rank in everyone for row in rank)
 
 
 def _psnr(batch: Batch, parts: Parts) -> list[float]:
