@@ -24,6 +24,7 @@ class Adam:
     """AdamW with state in full. Names in state and groups are torch's, and either goes on from the other."""
 
     parted = True
+    unit = 1
 
     def __init__(self, cfg: AdamConfig, fused: Literal["auto"] | bool = "auto"):
         torchs = torch.optim.AdamW([nn.Parameter(torch.empty(0))], betas=cfg.betas, eps=cfg.eps).defaults
@@ -66,7 +67,7 @@ class Adam8bit(Adam):
 
     def __init__(self, cfg: AdamW8bitConfig):
         super().__init__(cfg)
-        self._block = cfg.block
+        self._block = self.unit = cfg.block
 
     def start(self, name: str, weight: Tensor) -> State:
         """Return the state before the first step."""

@@ -16,6 +16,7 @@ class Came:
     """Squares of a matrix, or of a kernel as one of (rows, all else), are kept as means along both dims."""
 
     parted = False
+    unit = 1
 
     def __init__(self, cfg: CameConfig):
         self._cfg = cfg

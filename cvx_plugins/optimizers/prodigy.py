@@ -20,6 +20,7 @@ class Prodigy:
     """
 
     parted = False
+    unit = 1
 
     def __init__(self, cfg: ProdigyConfig):
         self._cfg = cfg

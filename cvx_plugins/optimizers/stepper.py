@@ -32,6 +32,8 @@ class Rule(Protocol):
     """What a parameter group holds besides lr and weight_decay."""
     parted: bool
     """Whether parts of parameters do."""
+    unit: int
+    """Values of a row that have to stay together."""
 
     def start(self, name: str, weight: Tensor) -> State:
         """Return the state before the first step."""
@@ -153,10 +155,8 @@ class Stepper(torch.optim.Optimizer):
         """Raise CvxError where a setting would do nothing, or the rule cannot do with parts of parameters."""
         cfg, params = self._cfg, list(self._names)
         for name, param in ((name, param) for param, name in self._names.items()):
-            if isinstance(param, DTensor) and not self._rule.parted:
-                raise CvxError(
-                    f"optimizer: it needs whole parameters, and a mesh shares out {name!r}. Use adamw."
-                )
+            if isinstance(param, DTensor):
+                self._check_part(name, param)
         if cfg.master_weights is not None and not any(map(_is_half, params)):
             raise CvxError(
                 "optimizer.master_weights does nothing: no trained weight is in half precision. Remove it, "
@@ -166,6 +166,18 @@ class Stepper(torch.optim.Optimizer):
             raise CvxError(
                 "optimizer.rounding: stochastic does nothing: no trained weight is bfloat16. Remove it, or "
                 "set dtype: bfloat16."
+            )
+
+    def _check_part(self, name: str, param: DTensor) -> None:
+        if not self._rule.parted:
+            raise CvxError(
+                f"optimizer: it needs whole parameters, and a mesh shares out {name!r}. Use adamw."
+            )
+        length = param.to_local().shape[1:].numel()
+        if length < param.shape[1:].numel() and length % self._rule.unit:
+            raise CvxError(
+                f"optimizer.block: a rank holds {length} values of each row of {name!r}, which "
+                f"{self._rule.unit} does not divide. Use block: 64, another size of tp, or adamw."
             )
 
 

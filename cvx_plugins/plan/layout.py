@@ -178,6 +178,8 @@ def state_of(make: Any, shape: Shape, dtype: torch.dtype) -> int:
     param = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
     param.grad = torch.empty_like(param)
     optimizer = make.build([ParamGroup([("weight", param)], {})])
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # makes the state and no more, which may depend on values
     optimizer.step()
     values = [value for state in optimizer.state.values() for value in state.values()]
     return sum(value.nbytes for value in values if isinstance(value, Tensor) and value.ndim)

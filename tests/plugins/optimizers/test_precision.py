@@ -88,6 +88,15 @@ def test_rounding_at_random_is_the_same_for_a_key_and_another_for_others():
     assert abs(float(torch.corrcoef(lagged)[0, 1])) < 0.12
 
 
+def test_steps_draw_nothing_from_torchs_generator():
+    """Ranks that hold the same have generators of their own, and must round alike."""
+    runs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        runs.append(moved("adamw-8bit", HALF, rounding="stochastic"))
+    assert torch.equal(*runs)
+
+
 def test_rounding_at_random_makes_no_number_of_what_is_none_nor_infinity_of_the_largest():
     odd = torch.tensor([float("inf"), -float("inf"), float("nan"), 3.38e38, -3.38e38])
     odd = torch.cat([odd, torch.tensor([-1, 2**31 - 1], dtype=torch.int32).view(torch.float32)])

@@ -23,7 +23,7 @@ def text(
     sample = {"sample_height": 6, "sample_width": 10, "sample_frames": 9}
     encoder = {"num_layers": 1, "dim": 12, "num_heads": 2, "max_length": 5, "tokenizer": "bytes"}
     planned = {"use": "plan", "world": world}
-    adapter = changes.pop("adapter", None)
+    adapter, optimizer = changes.pop("adapter", None), changes.pop("optimizer", {"use": "adamw"})
     data = {
         "device": "cpu",
         "dtype": changes.pop("dtype", "float32"),
@@ -38,7 +38,7 @@ def text(
         },
         "dataset": {"use": "synthetic", "rows": 8},
         "loader": {"batch": 4},
-        "optimizer": {"use": "adamw"},
+        "optimizer": optimizer,
         "parallel": parallel,
         "task": {**(planned if plan else {"use": "train", "steps": 1}), **(task or {})},
     }

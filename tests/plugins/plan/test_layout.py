@@ -30,6 +30,17 @@ CASES = {
     "tp x layerzero": [{"use": "tp"}, {"use": "layerzero", "zero3_size": 2}],
 }
 
+EIGHT_BITS = {"use": "adamw-8bit", "block": 64}
+OPTIMIZERS = [
+    ({"optimizer": EIGHT_BITS}, [{"use": "zero1"}]),
+    ({"optimizer": EIGHT_BITS, "head_dim": 64, "num_heads": 2}, [{"use": "tp"}, {"use": "zero3"}]),
+    ({"optimizer": {"use": "adamw", "master_weights": "float32"}, "dtype": "bfloat16"}, [{"use": "zero2"}]),
+    ({"optimizer": {**EIGHT_BITS, "rounding": "stochastic"}, "dtype": "bfloat16"}, [{"use": "ddp"}]),
+    ({"optimizer": {"use": "came"}}, [{"use": "pp"}, {"use": "ddp"}]),
+    ({"optimizer": {"use": "prodigy"}}, [{"use": "ddp"}]),
+]
+"""(changes, strategies) of optimizers whose state is not two values of a weight's precision."""
+
 
 def held_after_a_step(texts: list[str]) -> list[tuple[int, int, int]]:
     """Return bytes of parameters, gradients and optimizer state that this rank has, for each recipe."""
@@ -54,7 +65,7 @@ def test_real_ranks_hold_what_is_planned(world):
         name: parallel for name, parallel in CASES.items() if (3 if name == "tp 3 x zero3" else 4) == world
     }
     adapter = {"use": "lora", "rank": 3}
-    extra = [({"adapter": adapter}, [{"use": "tp"}, {"use": "zero3"}])] if world == 4 else []
+    extra = [({"adapter": adapter}, [{"use": "tp"}, {"use": "zero3"}]), *OPTIMIZERS] if world == 4 else []
     runs = [({}, parallel) for parallel in cases.values()] + extra
     got = on_ranks(world, held_after_a_step, [text(p, world, plan=False, **c) for c, p in runs])
     for number, (changes, parallel) in enumerate(runs):
