@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cvx_core.errors import FormatError
@@ -18,6 +19,11 @@ SCHEDULES = {
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
 POLYNOMIAL_END = 1e-7
 """Learning rate that the source's polynomial schedule ends at."""
+OPTIMIZERS = ("adamw", "adamw-8bit", "came", "prodigy")
+WHOLE = ("came", "prodigy")
+PRODIGY_LEAST = 0.01
+"""Least learning rate that stands for a factor on Prodigy's step size."""
+CAME_BETA3 = 0.9999
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
@@ -156,47 +162,93 @@ def _processes(draft: Draft, launcher: dict[str, object]) -> int:
 
 
 def _optimizer(draft: Draft, batch: int, processes: int) -> None:
-    name = draft.pop("--optimizer", str, "adam").lower()
-    if name not in ("adam", "adamw"):
-        draft.note(
-            "differs",
-            "--optimizer",
-            name,
-            "adamw; add the optimizer under that name if it is listed by `cvx plugins optimizer`",
-        )
-    elif name == "adam":
-        text = "adamw: decay apart from the gradient; the source adds it to the gradient"
-        draft.note("differs", "--optimizer", name, text)
-    else:
-        draft.note("mapped", "--optimizer", name, "adamw")
+    use = _optimizer_name(draft)
     rate = draft.pop("--learning_rate", float, 1e-4)
-    draft.recipe["optimizer"] = {"use": "adamw", "lr": rate}
+    draft.recipe["optimizer"] = {"use": use}
     accumulate = draft.pop("--gradient_accumulation_steps", whole, 1)
     draft.put("task.use", "train")
     draft.put("task.accumulate", accumulate)
     draft.note("mapped", "--gradient_accumulation_steps", accumulate, f"task.accumulate: {accumulate}")
-    if draft.pop("--scale_lr", bool, False):
-        factor = batch * accumulate * processes
-        draft.put("optimizer.lr", rate * factor)
-        draft.note("mapped", "--scale_lr", True, f"optimizer.lr: {rate} x {factor}")
-    else:
-        draft.note("mapped", "--learning_rate", rate, f"optimizer.lr: {rate}")
-    first = draft.pop("--beta1", float) or draft.pop("--adam_beta1", float, 0.9)
-    second = draft.pop("--beta2", float) or draft.pop("--adam_beta2", float, 0.95)
-    draft.put("optimizer.betas", [first, second])
-    draft.note("mapped", "--beta1, --beta2", [first, second], f"optimizer.betas: [{first}, {second}]")
-    draft.move("--epsilon", "optimizer.eps", float, 1e-8)
+    factor = batch * accumulate * processes if draft.pop("--scale_lr", bool, False) else 1
+    _rate(draft, use, rate, factor)
+    _formula(draft, use)
     draft.move("--weight_decay", "optimizer.weight_decay", float, 1e-4)
     draft.put("optimizer.decay_norms", True)
     draft.note("stated", "weight decay of norms and biases", "true", "optimizer.decay_norms: true")
-    draft.drop(
-        ("--use_8bit", "--use_4bit", "--use_torchao"),
-        "optimizer state is kept whole; share it out with `parallel: [{use: zero1}]`",
-    )
-    draft.drop(
-        ("--beta3", "--prodigy_decouple", "--prodigy_use_bias_correction", "--prodigy_safeguard_warmup"),
-        "belongs to prodigy",
-    )
+    offloads = ("--use_cpu_offload_optimizer", "--offload_gradients")
+    if draft.has(*offloads):
+        _offload(draft, offloads)
+    shared = next((part for part in draft.recipe.get("parallel", []) if part["use"] == "zero2"), None)
+    if shared is not None and use in WHOLE:
+        shared["use"] = "ddp"
+        draft.note("differs", "--optimizer", use, "parallel: ddp, for it needs whole parameters")
+
+
+def _offload(draft: Draft, names: Sequence[str]) -> None:
+    if {"use": "zero2"} in draft.recipe.get("parallel", []):
+        draft.drop(names, "zero2 shares the state out; use ddp to offload it")
+        return
+    draft.put("optimizer.offload", True)
+    for name in names:
+        if draft.has(name):
+            draft.note("mapped", name, draft.pop(name, bool), "optimizer.offload: true")
+
+
+def _optimizer_name(draft: Draft) -> str:
+    """Return the component that stands for the source's optimizer."""
+    name = draft.pop("--optimizer", str, "adam").lower()
+    small, smaller = draft.pop("--use_8bit", bool, False), draft.pop("--use_4bit", bool, False)
+    if draft.pop("--use_torchao", bool, False):
+        draft.note("no counterpart", "--use_torchao", True, "state in 8 bits is computed without a library")
+    plain = name.replace("-", "").replace("_", "")
+    use = {"adam": "adamw", "adam8bit": "adamw-8bit", "adamw8bit": "adamw-8bit"}.get(plain, plain)
+    if use not in OPTIMIZERS:
+        draft.note(
+            "differs", "--optimizer", name, "adamw, which the source takes too for a name it knows not"
+        )
+        use = "adamw"
+    elif plain.startswith("adam") and not plain.startswith("adamw"):
+        text = "decay apart from the gradient; the source adds it to the gradient"
+        draft.note("differs", "--optimizer", name, f"{use}: {text}")
+    else:
+        draft.note("mapped", "--optimizer", name, use)
+    if (small or smaller) and use == "adamw":
+        use, flag = "adamw-8bit", "--use_4bit" if smaller else "--use_8bit"
+        draft.note("differs" if smaller else "mapped", flag, True, "optimizer: adamw-8bit")
+    return use
+
+
+def _rate(draft: Draft, use: str, rate: float, factor: int) -> None:
+    scaled = rate * factor
+    if use == "prodigy" and scaled < PRODIGY_LEAST:
+        draft.put("optimizer.lr", 1.0)
+        text = "optimizer.lr: 1.0; prodigy finds the step size, and the source takes that share of it"
+        draft.note("differs", "--learning_rate", scaled, text)
+        return
+    draft.put("optimizer.lr", scaled)
+    name, text = ("--scale_lr", f"{rate} x {factor}") if factor != 1 else ("--learning_rate", f"{rate}")
+    draft.note("mapped", name, True if factor != 1 else rate, f"optimizer.lr: {text}")
+
+
+def _formula(draft: Draft, use: str) -> None:
+    """Map what the optimizers' formulas take."""
+    first = draft.pop("--beta1", float) or draft.pop("--adam_beta1", float, 0.9)
+    second = draft.pop("--beta2", float) or draft.pop("--adam_beta2", float, 0.95)
+    betas = [first, second]
+    if use == "came":
+        betas.append(draft.pop("--beta3", float, CAME_BETA3))
+        draft.drop(("--epsilon",), "came has two of its own, as in the source")
+    else:
+        draft.move("--epsilon", "optimizer.eps", float, 1e-8)
+    draft.put("optimizer.betas", betas)
+    names = ", ".join(f"--beta{number + 1}" for number in range(len(betas)))
+    draft.note("mapped", names, betas, f"optimizer.betas: {betas}")
+    prodigy = ("decouple", "use_bias_correction", "safeguard_warmup")
+    if use == "prodigy":
+        draft.move("--beta3", "optimizer.beta3", float)
+        for name in prodigy:
+            draft.move(f"--prodigy_{name}", f"optimizer.{name.removeprefix('use_')}", bool, False)
+    draft.drop(("--beta3", *(f"--prodigy_{name}" for name in prodigy)), "belongs to prodigy")
 
 
 def _lora(draft: Draft) -> None:

@@ -273,6 +273,50 @@ def test_factory_buckets_schedules_and_data_forms(work):
     assert any(e.name == "--optimizer" and e.outcome == "differs" for e in draft.entries)
 
 
+OPTIMIZERS = {
+    "adam": ({"use": "adamw", "lr": 1e-4, "betas": [0.9, 0.95]}, {"--optimizer": "differs"}),
+    "adamw --use_8bit --use_torchao": ({"use": "adamw-8bit"}, {"--use_8bit": "mapped"}),
+    "adamw8bit": ({"use": "adamw-8bit"}, {"--optimizer": "mapped"}),
+    "adamw --use_4bit": ({"use": "adamw-8bit"}, {"--use_4bit": "differs"}),
+    "came --beta3 0.99": ({"use": "came", "betas": [0.9, 0.95, 0.99]}, {"--optimizer": "mapped"}),
+    "CAME --epsilon 1e-7": ({"use": "came", "betas": [0.9, 0.95, 0.9999]}, {"--epsilon": "no counterpart"}),
+    "prodigy --learning_rate 1.0 --beta3 0.9 --prodigy_decouple --prodigy_use_bias_correction": (
+        {"use": "prodigy", "lr": 1.0, "beta3": 0.9, "decouple": True, "bias_correction": True},
+        {"--optimizer": "mapped", "--beta3": "mapped", "--prodigy_decouple": "mapped"},
+    ),
+    "prodigy": (
+        {"use": "prodigy", "lr": 1.0, "decouple": False, "safeguard_warmup": False},
+        {"--learning_rate": "differs", "--prodigy_safeguard_warmup": "stated"},
+    ),
+    "adamw --use_cpu_offload_optimizer --offload_gradients": (
+        {"use": "adamw", "offload": True},
+        {"--use_cpu_offload_optimizer": "mapped", "--offload_gradients": "mapped"},
+    ),
+    "lion": ({"use": "adamw"}, {"--optimizer": "differs"}),
+}
+
+
+@pytest.mark.parametrize("flags", OPTIMIZERS)
+def test_factory_optimizers_become_ours(work, capsys, flags):
+    Path("factory.sh").write_text(FACTORY.replace("--optimizer adamw", f"--optimizer {flags}"))
+    fields, outcomes = OPTIMIZERS[flags]
+    draft = import_recipe(Path("factory.sh"), Path("weights"))
+    assert fields.items() <= draft.recipe["optimizer"].items()
+    assert outcomes.items() <= {e.name: e.outcome for e in draft.entries}.items()
+    assert main(["factory.sh", "recipe.yaml"]) == 0
+    assert run.main(["recipe.yaml", "--check"]) == 0, capsys.readouterr().err
+
+
+def test_factory_optimizers_that_need_whole_parameters_get_them(work, capsys):
+    text = FACTORY.replace("configs/two.yaml", "configs/deepspeed.yaml")
+    for flags, parallel in (("came", "ddp"), ("adamw --offload_gradients", "zero2")):
+        Path("factory.sh").write_text(text.replace("--optimizer adamw", f"--optimizer {flags}"))
+        assert import_recipe(Path("factory.sh"), Path("weights")).recipe["parallel"][0] == {"use": parallel}
+        Path("recipe.yaml").unlink(missing_ok=True)
+        assert main(["factory.sh", "recipe.yaml"]) == 0
+        assert run.main(["recipe.yaml", "--check"]) == 0, capsys.readouterr().err
+
+
 def test_factory_may_train_on_frame_counts_that_a_release_was_not_made_for(work, capsys):
     Path("factory.sh").write_text(FACTORY.replace("--frame_buckets 49", "--frame_buckets 29"))
     assert main(["factory.sh", "recipe.yaml"]) == 0
