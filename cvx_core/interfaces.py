@@ -301,6 +301,9 @@ class Optimizer(Protocol):
 class Adapter(Protocol):
     """Adds trainable parameters to a predictor; files of the model do not hold them.
 
+    One that also has `off(predictor)`, a context in which the predictor computes as it would without, lets
+    the base be sampled at any time.
+
     Names and tensors that methods take and return are canonical; what goes into files is what `held` returns.
     """
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from cvx_parallel.gradients import BUCKET, local
@@ -63,6 +63,13 @@ def shard(
         root.set_reshard_after_backward(is_last or reshard_after_forward)
 
     return before
+
+
+def reshard(module: nn.Module) -> None:
+    """Give up what a module's parts have gathered, which a pass without gradients leaves in place."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def register(module: nn.Module, method: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
@@ -60,6 +61,19 @@ class Lora:
             assert isinstance(layer, AdaptedLinear)
             self._shapes[name] = Shape(self.cfg.rank, layer.in_features, layer.out_features)
         return [f"{name}{end}" for name in self._shapes for end in (A, B)]
+
+    @contextmanager
+    def off(self, predictor: nn.Module) -> Iterator[None]:
+        """Have a predictor compute what it would without the adapter, to the bit where A and B are finite."""
+        layers = [layer for layer in predictor.modules() if isinstance(layer, AdaptedLinear)]
+        scales = [layer.scale for layer in layers]
+        for layer in layers:
+            layer.scale = 0.0
+        try:
+            yield
+        finally:
+            for layer, scale in zip(layers, scales, strict=True):
+                layer.scale = scale
 
     def initial(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Return A uniform in +-1/sqrt(in) or Gaussian, as PEFT draws it, and B zero: nothing changes yet."""

@@ -100,6 +100,12 @@ class PipelineConfig(StrategyConfig):
             yield Problem(
                 "", f"cuts the training step of a predictor, which task {task.name!r} has not. Remove it."
             )
+        if getattr(task.config, "validation", None) is not None:
+            yield Problem(
+                "",
+                "has no rank that can call the whole predictor, which task.validation does. Use zero3, tp or "
+                "cp, or leave validation out and run `task: {use: evaluate}` on checkpoints.",
+            )
         layers = getattr(spec.config("predictor"), "num_layers", None)
         if layers is not None:
             yield from self._check_layers(layers)

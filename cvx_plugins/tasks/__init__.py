@@ -14,6 +14,7 @@ from cvx_core.run_config import TaskConfig
 from cvx_core.spec import Spec
 from cvx_plugins.tasks import inspect_data
 from cvx_plugins.tasks.ema_config import EmaConfig
+from cvx_plugins.tasks.validation_config import ValidationConfig
 
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Schedule = Literal["constant", "linear", "cosine", "cosine-restarts", "polynomial"]
@@ -107,11 +108,15 @@ class TrainConfig(LoopConfig):
     """
     export_whole: bool = False
     """Export text encoder, autoencoder and scheduler beside the predictor, as one pipeline folder."""
+    validation: ValidationConfig | None = None
+    """Losses on held-out rows and videos of fixed prompts, every so many steps; null validates nothing."""
     merge: bool = False
     """Export the predictor with the adapter's change worked in, in place of the adapter alone."""
 
     def check(self, spec: Spec) -> Iterable[Problem]:
         yield from super().check(spec)
+        if self.validation is not None:
+            yield from self.validation.check(spec)
         if self.memory and spec.video.start == "random":
             yield Problem("memory", "keeps one latent per row, so video.start must be 'first' or 'center'.")
         if self.memory and spec.loader.buckets is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -56,3 +57,15 @@ class Ema:
         """Set the weights to the averages, rounded to their precision."""
         for name, param in self._named:
             local(param.detach()).copy_(local(self.average[name]))
+
+    @contextmanager
+    def for_a_while(self) -> Iterator[None]:
+        """Have the averages in the weights' place, which come back as they were. Takes their memory again."""
+        kept = [(param, local(param.detach()).clone()) for _, param in self._named]
+        self.put_in_place()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for param, values in kept:
+                    local(param.detach()).copy_(values)

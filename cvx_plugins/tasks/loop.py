@@ -33,6 +33,7 @@ from cvx_plugins.tasks.ema import Ema
 from cvx_plugins.tasks.groups import grouped
 from cvx_plugins.tasks.record import Record, write_facts
 from cvx_plugins.tasks.schedule import lr_scale
+from cvx_plugins.tasks.validation import Validation
 
 log = logging.getLogger("cvx")
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # names, so that another layout can resume
@@ -68,6 +69,7 @@ class Loop:
         spec: Spec,
         module: nn.Module,
         drawn: Drawn = lambda work: [""] * len(work.batch.rows),
+        validation: Validation | None = None,
     ):
         assert parts.make_optimizer is not None
         self._config, self._spec, self._module, self._device = config, spec, module, parts.device
@@ -82,6 +84,7 @@ class Loop:
         self._folder = spec.output / "checkpoints"
         self._describe = partial(checkpoint.facts, parts, spec)
         self._facts = self._describe()
+        self._validation = validation
         self._drawn, self._changed, self._skipped, self._in_a_row = drawn, True, 0, 0
 
     def run(self, loader: Loader, step_function: StepFunction, encode: Stream | None = None) -> bool:
@@ -107,6 +110,9 @@ class Loop:
             _stop_requested() as stopping,
             saver,
         ):
+            if self._validation is not None:
+                self._validation.begin(step)
+            self._validate(step, records)
             while step < last and not self._agreed(stopping()):
                 began = time.perf_counter()
                 saver.check()
@@ -130,6 +136,12 @@ class Loop:
                 bar.step(f"loss {done.loss:.4f}")
                 if config.save_every is not None and step % config.save_every == 0:
                     saved = self._save(saver, step, cursor, loader)
+                try:
+                    self._validate(step, records)
+                except Exception:
+                    if saved != step:  # what was trained is kept, whatever has failed
+                        self._save(saver, step, cursor, loader)
+                    raise
             if step == last:
                 self._agreed(False)  # what the last step did
             if saved != step:
@@ -140,6 +152,16 @@ class Loop:
         if self._ema is not None and self._ema.is_exported and step == config.steps:
             self._ema.put_in_place()
         return step == config.steps
+
+    def _validate(self, step: int, records: Record | None) -> None:
+        """Validate where that is due, with the average of the weights where there is one."""
+        if self._validation is None or not self._validation.is_due(step):
+            return
+        self._mark(f"validation after step {step}")
+        with self._ema.for_a_while() if self._ema is not None else nullcontext():
+            result = self._validation(step, "average" if self._ema is not None else "trained")
+        if records is not None:
+            records.validated(step, *result)
 
     def _start_records(self, step: int) -> Record | None:
         """Write what the run is, and open its record; on the first rank only."""

@@ -13,12 +13,14 @@ from cvx_core.random import Draws
 from cvx_core.spec import Spec
 from cvx_io.progress import progress
 from cvx_plugins.tasks import TrainConfig
+from cvx_plugins.tasks.denoise import in_one_batch
 from cvx_plugins.tasks.encode import Encoder
 from cvx_plugins.tasks.export import export_adapter, export_model
 from cvx_plugins.tasks.loop import Loop
 from cvx_plugins.tasks.objective import Diffusion, drawn_timesteps, prediction_loss
 from cvx_plugins.tasks.rows import make_loader
 from cvx_plugins.tasks.stale import check_cache
+from cvx_plugins.tasks.validation import Validation
 
 log = logging.getLogger("cvx")
 
@@ -47,6 +49,7 @@ class Train:
             encode=encoder.stream,
             objective=objective,
             forward_backward=forward_backward,
+            guided=in_one_batch(parts.predictor),
         )
 
     def run(self, parts: Parts, spec: Spec) -> None:
@@ -70,7 +73,10 @@ class Train:
             drawn = drawn_timesteps(parts.scheduler, work.draws)
             return [f"timestep {timestep}" for timestep in drawn.tolist()]
 
-        loop = Loop(self._config, parts, spec, parts.predictor, timesteps)
+        config, validation = self._config.validation, None
+        if config is not None:
+            validation = Validation(config, self._config.steps, parts, spec)
+        loop = Loop(self._config, parts, spec, parts.predictor, timesteps, validation)
         finished = loop.run(loader, step, parts.encode)
         if finished and parts.adapter is not None:
             export_adapter(parts, spec, None if self._config.merge else self._config.export)
