@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cvx_core.device import keep_freed_memory
+from cvx_core.disk import in_words
 from cvx_core.errors import CvxError, SaidError
 from cvx_core.mesh import solve
 from cvx_core.recipe import load
@@ -53,7 +54,8 @@ def run(spec: Spec) -> None:
     world = World.stated()
     with joined(world, spec, device.pick(spec.run.device, world.local_rank)) as mark:
         parts = replace(place(build(spec), spec), mark=mark)
-        parts.task.run(parts, spec)
+        with in_words(spec.output):
+            parts.task.run(parts, spec)
 
 
 def _run(args: argparse.Namespace) -> int:

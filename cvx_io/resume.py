@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import metadata as meta
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from cvx_core.disk import in_words
 from cvx_core.errors import FormatError
 from cvx_core.mesh import Mesh
 from cvx_io.atomic import atomic_folder, is_left_over
@@ -48,7 +49,7 @@ def save(
     """Write a checkpoint of `state` (nested dicts of tensors and numbers) and drop all but the newest `keep`.
 
     record: small JSON facts kept in the manifest. A killed save leaves nothing that `complete` returns; what
-    it leaves goes with the next save.
+    it leaves goes with the next save. Raises CvxError where the disk does not take it.
     With a mesh of several ranks all of them call this; each writes what it holds, the first the manifest.
     group: of all ranks, to agree in; torch's default one by default.
     """
@@ -58,7 +59,7 @@ def save(
     if first:
         _clear(folder, path)
     context = atomic_folder(path, MANIFEST) if first else nullcontext()
-    with context as made, warnings.catch_warnings():
+    with in_words(folder.parent), context as made, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that no process group is there
         partial = _agreed(made, alone, group)
         dcp.save(dict(state), checkpoint_id=partial, process_group=group, no_dist=alone)
