@@ -185,13 +185,19 @@ def _optimizer(draft: Draft, batch: int, processes: int) -> None:
 
 
 def _offload(draft: Draft, names: Sequence[str]) -> None:
-    if {"use": "zero2"} in draft.recipe.get("parallel", []):
+    used = [part["use"] for part in draft.recipe.get("parallel", [])]
+    if "zero2" in used:
         draft.drop(names, "zero2 shares the state out; use ddp to offload it")
         return
-    draft.put("optimizer.offload", True)
+    both = draft.given.get(names[1]) is not None
+    draft.put("optimizer.offload", (both and "ddp" not in used) or "state")
     for name in names:
         if draft.has(name):
-            draft.note("mapped", name, draft.pop(name, bool), "optimizer.offload: true")
+            draft.pop(name, bool)
+            if name == names[1] and "ddp" in used:
+                draft.note("no counterpart", name, True, "gradients stay, for ddp exchanges them")
+            else:
+                draft.note("mapped", name, True, f"optimizer.offload: {draft.recipe['optimizer']['offload']}")
 
 
 def _optimizer_name(draft: Draft) -> str:

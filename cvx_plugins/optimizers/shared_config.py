@@ -20,6 +20,9 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 PARTS_OF_PARAMETERS = ("zero1", "zero2", "zero3", "layerzero", "tp")
 """Strategies under which an optimizer sees parts of parameters."""
 
+OF_ONE_PROCESS = ("recompute", "compile")
+"""Strategies that one process can use alone."""
+
 
 class OptimizerConfig(Config):
     """What an optimizer has besides its formula: groups, the precision of weights, and where state lies."""
@@ -39,8 +42,10 @@ class OptimizerConfig(Config):
     """
     master_weights: Literal["float32"] | None = None
     """`float32`: keep half-precision weights in float32 too, and round them for the model; 4 bytes each."""
-    offload: bool = False
-    """Keep optimizer state and master weights in host memory, and compute the update there."""
+    offload: bool | Literal["state"] = False
+    """`state`: keep optimizer state and master weights in host memory, and compute the update there. true:
+    gradients too, each from the moment it is computed; for a single process.
+    """
     groups: tuple[GroupConfig, ...] = ()
     """Parameters with settings of their own, as `{match: "*.ff.*", lr: 1e-5}`; the first match counts."""
 
@@ -66,6 +71,12 @@ class OptimizerConfig(Config):
             yield Problem(
                 "offload",
                 f"needs state that is kept whole, and {used[0]!r} shares it out. Leave out one of them.",
+            )
+        several = [choice.name for choice in spec.parallel if choice.name not in OF_ONE_PROCESS]
+        if several and not used and self.offload is True:
+            yield Problem(
+                "offload",
+                f"takes gradients away before {several[0]!r} can exchange them. Use offload: state.",
             )
         if spec.run.dtype == "float32" and (self.rounding, self.master_weights) != ("nearest", None):
             field = "rounding" if self.rounding != "nearest" else "master_weights"

@@ -17,6 +17,7 @@ from cvx_core import CvxError
 from cvx_core.interfaces import ParamGroup
 from cvx_parallel.gradients import local
 from cvx_parallel.optimizer_state import laid_out, load_exactly
+from cvx_plugins.optimizers.host_gradients import HostGradients
 from cvx_plugins.optimizers.rounding import stochastic
 from cvx_plugins.optimizers.shared_config import OptimizerConfig
 from cvx_plugins.optimizers.splitting import split
@@ -83,6 +84,7 @@ class Stepper(torch.optim.Optimizer):
         parts = split(groups, cfg.decay_norms, ("lr", "weight_decay", *rule.group))
         self._check()
         super().__init__(parts, defaults)
+        self._gradients = HostGradients(self._names) if cfg.offload is True else None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -92,6 +94,16 @@ class Stepper(torch.optim.Optimizer):
             for group, param in self._due():
                 self._update(group, param)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, wherever they are."""
+        super().zero_grad(set_to_none)
+        if self._gradients is not None:
+            self._gradients.clear()
+
+    def with_gradient(self, param: Tensor) -> Tensor:
+        """Return what holds the gradient of a parameter: the parameter, or one that stands for it."""
+        return param if self._gradients is None else self._gradients.of(param)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state that `state_dict` returned."""
@@ -105,7 +117,7 @@ class Stepper(torch.optim.Optimizer):
     def _due(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is not None:
+                if param.grad is not None or self.with_gradient(param).grad is not None:
                     if not self.state[param]:
                         self._start(param)
                     yield group, param
@@ -140,8 +152,9 @@ class Stepper(torch.optim.Optimizer):
         return local(state[MASTER]) if MASTER in state else self._wide(target)
 
     def _gradient(self, param: Tensor) -> Tensor:
-        assert param.grad is not None
-        return self._wide(local(param.grad))
+        gradient = param.grad if param.grad is not None else self.with_gradient(param).grad
+        assert gradient is not None
+        return self._wide(local(gradient))
 
     def _wide(self, value: Tensor) -> Tensor:
         """Return a tensor where and as it is computed with; itself if it is so."""

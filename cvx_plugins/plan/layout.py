@@ -149,7 +149,12 @@ class Layout:
         held = self.all_held(rank).values()
         trained = [part for part in held if part.rows is not None]
         state = sum(self._optimizer_bytes(part.rows) for part in trained if part.rows is not None)
-        return sum(part.bytes for part in held), sum(part.bytes for part in trained), state
+        gradients = [part.bytes for part in trained]
+        choice = self.spec.choices.get("optimizer")
+        leave = (
+            choice is not None and getattr(choice.config, "offload", False) is True
+        )  # one is there at a time
+        return sum(part.bytes for part in held), max(gradients, default=0) if leave else sum(gradients), state
 
     def first_of(self, place: int) -> int:
         """Return the rank that has the most of a place along pp: the first along every other axis."""

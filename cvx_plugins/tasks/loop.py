@@ -78,6 +78,8 @@ class Loop:
         self._named = [(name, p) for name, p in module.named_parameters() if name in parts.trainable]
         groups = getattr(spec.config("optimizer"), "groups", ())
         self._optimizer = parts.make_optimizer(grouped(self._named, groups, parts.elsewhere))
+        # An optimizer may keep gradients elsewhere than at the parameters.
+        self._with_gradient = getattr(self._optimizer, "with_gradient", lambda param: param)
         for group in self._optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         self._ema = Ema(config.ema, self._named) if config.ema is not None else None
@@ -263,10 +265,11 @@ class Loop:
             group["lr"] = group["initial_lr"] * lr_scale(step, self._config)
         self._after_backward()
         params = [p for _, p in self._named]
-        total = total_norm(params, self._mesh)
+        gradients = [(name, self._with_gradient(p)) for name, p in self._named]
+        total = total_norm([p for _, p in gradients], self._mesh)
         norm = float(total)
         if fault is None and not math.isfinite(norm):
-            fault = guards.bad_gradients(self._named, self._mesh)
+            fault = guards.bad_gradients(gradients, self._mesh)
             self._refuse(step, fault)
         if fault is not None:
             self._optimizer.zero_grad(set_to_none=True)
@@ -278,7 +281,7 @@ class Loop:
                 f"step {step + 1}: every gradient is zero, so nothing would be learned. Is all of it frozen?"
             )
         if self._config.grad_clip is not None:
-            shrink(params, self._config.grad_clip, total)
+            shrink([p for _, p in gradients], self._config.grad_clip, total)
         changed = guards.Changed(params, self._optimizer)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

@@ -289,8 +289,8 @@ OPTIMIZERS = {
         {"--learning_rate": "differs", "--prodigy_safeguard_warmup": "stated"},
     ),
     "adamw --use_cpu_offload_optimizer --offload_gradients": (
-        {"use": "adamw", "offload": True},
-        {"--use_cpu_offload_optimizer": "mapped", "--offload_gradients": "mapped"},
+        {"use": "adamw", "offload": "state"},
+        {"--use_cpu_offload_optimizer": "mapped", "--offload_gradients": "no counterpart"},
     ),
     "lion": ({"use": "adamw"}, {"--optimizer": "differs"}),
 }
@@ -305,6 +305,15 @@ def test_factory_optimizers_become_ours(work, capsys, flags):
     assert outcomes.items() <= {e.name: e.outcome for e in draft.entries}.items()
     assert main(["factory.sh", "recipe.yaml"]) == 0
     assert run.main(["recipe.yaml", "--check"]) == 0, capsys.readouterr().err
+
+
+def test_factory_offloads_gradients_of_one_process(work):
+    for flags, offload in (("", "state"), ("--offload_gradients", True)):
+        text = FACTORY.replace("--brand_new_flag 7", f"--use_cpu_offload_optimizer {flags}")
+        Path("factory.sh").write_text(text.replace("--gpu_ids $GPU_IDS", "--gpu_ids 0"))
+        recipe = import_recipe(Path("factory.sh"), Path("weights")).recipe
+        assert recipe["optimizer"]["offload"] == offload
+        assert recipe["parallel"] == [{"use": "recompute"}]
 
 
 def test_factory_optimizers_that_need_whole_parameters_get_them(work, capsys):

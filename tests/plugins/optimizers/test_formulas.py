@@ -46,6 +46,21 @@ def test_offloaded_adamw_steps_as_torchs(fused):
         assert torch.equal(mine, other)
 
 
+def test_gradients_leave_their_parameters_and_add_up():
+    module, other = model(), model()
+    optimizer = built("adamw", module, offload=True)
+    for number in range(2):
+        for one in (module, other):
+            loss_of(one, number).backward()
+    for mine, its in zip(module.parameters(), other.parameters(), strict=True):
+        stand_in = optimizer.with_gradient(mine)  # type: ignore[attr-defined]
+        assert mine.grad is None
+        assert torch.equal(stand_in.grad, its.grad)
+        assert stand_in.untyped_storage().nbytes() == 4
+    optimizer.zero_grad()
+    assert all(optimizer.with_gradient(p).grad is None for p in module.parameters())  # type: ignore[attr-defined]
+
+
 def matrices() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
 

@@ -74,6 +74,18 @@ def test_real_ranks_hold_what_is_planned(world):
         assert planned == [by_case[number] for by_case in got], parallel
 
 
+def test_what_is_offloaded_is_not_on_the_device():
+    plain, state, all_of_it = (
+        Layout(plan_of([], 1, optimizer={"use": "adamw-8bit", "offload": offload})).state_bytes(0)
+        for offload in (False, "state", True)
+    )
+    assert plain[2] > 0
+    assert state == (*plain[:2], 0)
+    assert all_of_it[0] == plain[0]
+    assert 0 < all_of_it[1] < plain[1] / 10  # the largest gradient
+    assert all_of_it[2] == 0
+
+
 def held_of_64(recipe: str, rank: int) -> dict[str, tuple[int, ...]]:
     """Return the local shapes of all parameters of one of 64 ranks, the only one that there is."""
     import os

@@ -63,6 +63,7 @@ def test_two_steps_and_two_more_equal_four_bit_for_bit(tiny, launch, tmp_path, n
 
 
 def test_offloading_changes_nothing_and_can_be_switched_in_a_resumed_run(tiny, launch, tmp_path):
+    tiny["task"] |= {"accumulate": 2, "grad_clip": 0.1}
     plain = launch(tiny, output=str(tmp_path / "plain"))
     launch(tiny, output=str(tmp_path / "off"), **{"task.stop_at": 2})
     off = launch(tiny, output=str(tmp_path / "off"), **{"task.resume": "auto", "optimizer.offload": True})
@@ -105,6 +106,10 @@ REFUSED = {
     "prodigy at the rate of AdamW": (
         {"optimizer": {"use": "prodigy", "lr": 1e-4}},
         "optimizer.lr: got 0.0001",
+    ),
+    "gradients away under ddp": (
+        {"optimizer": {"use": "came", "offload": True}, "parallel": [{"use": "ddp"}]},
+        "takes gradients away before 'ddp' can exchange them. Use offload: state",
     ),
     "offload under tp": (
         {"optimizer": {"use": "adamw", "offload": True}, "parallel": [{"use": "tp"}]},
