@@ -20,6 +20,7 @@ from cvx_io.progress import progress
 from cvx_plugins.tasks import EvaluateConfig
 from cvx_plugins.tasks.encode import Encoder
 from cvx_plugins.tasks.measure import Bands, means, of_all_ranks, placed
+from cvx_plugins.tasks.record import recorded
 from cvx_plugins.tasks.rows import make_loader
 
 log = logging.getLogger("cvx")
@@ -50,20 +51,21 @@ class Evaluate:
         """
         loader = make_loader(parts, spec, once=True, limit=self._config.rows)
         mine: list[Measured] = []
-        with progress("evaluate", loader.account().batches) as bar:
-            for places, batch in placed(loader):
-                mine += self._measure(batch, places, parts, spec)
-                bar.step()
-        measured = of_all_ranks(mine, parts)
-        if parts.mesh.is_first:
-            self._write(measured, parts, spec)
+        with recorded(parts, spec, "Ended, every row is measured"):
+            with progress("evaluate", loader.account().batches) as bar:
+                for places, batch in placed(loader):
+                    mine += self._measure(batch, places, parts, spec)
+                    bar.step()
+            measured = of_all_ranks(mine, parts)
+            if parts.mesh.is_first:
+                self._write(measured, spec)
 
     def _measure(self, batch: Batch, places: tuple[int, ...], parts: Parts, spec: Spec) -> list[Measured]:
         features = parts.encoder(batch, Draws(spec.run.seed, 0, places))
         losses = self._bands.losses(parts, features, places, spec.run.seed)
         return [Measured(*row) for row in zip(places, losses, _psnr(batch, parts), strict=True)]
 
-    def _write(self, measured: Sequence[Measured], parts: Parts, spec: Spec) -> None:
+    def _write(self, measured: Sequence[Measured], spec: Spec) -> None:
         losses = means([row.losses for row in measured])
         bands = [
             {"from": low, "to": high, "loss": loss}
@@ -77,7 +79,6 @@ class Evaluate:
             "digest": spec.digest,
         }
         write_json(spec.output / "evaluation.json", result)
-        write_json(spec.output / "weights.json", dict(parts.loaded))
         for band in bands:
             log.info("timesteps %4d..%4d  loss %.5f", band["from"], band["to"] - 1, band["loss"])
         log.info(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from cvx_core import device as devices
 from cvx_core.errors import CvxError
-from cvx_core.interfaces import Batch
+from cvx_core.interfaces import Batch, Parts
 from cvx_core.registry import Choice
 from cvx_core.spec import Spec
 from cvx_io.atomic import write_json, write_text
@@ -59,6 +59,29 @@ def end(folder: Path, how: str) -> None:
         last = {**last, "ended": {"time": now(), "how": how}}
         write_json(folder / files.ENVIRONMENT, {"starts": [*earlier, last]})
         log.info("report in %s", write_report(folder))
+
+
+@contextmanager
+def recorded(parts: Parts, spec: Spec, how: str) -> Iterator[None]:
+    """Write what a run without checkpoints is, on the first rank; on leaving, note how it has ended.
+
+    how: what a good end is. Raises CvxError where the folder is that of a training run.
+    """
+    if (spec.output / "checkpoints").is_dir():
+        raise CvxError(
+            f"{spec.output} is the folder of a training run, and this would replace its record. Give another "
+            "output."
+        )
+    if not parts.mesh.is_first:
+        yield
+        return
+    write_facts(spec, parts.loaded, parts.device, parts.mesh.degrees.world)
+    try:
+        yield
+    except BaseException as error:
+        end(spec.output, _how(error))
+        raise
+    end(spec.output, how)
 
 
 class Record:

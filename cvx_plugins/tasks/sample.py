@@ -23,7 +23,7 @@ from cvx_io.progress import progress
 from cvx_io.video_write import to_uint8, write_gif, write_mp4, write_sheet
 from cvx_plugins.tasks import SampleConfig
 from cvx_plugins.tasks.denoise import in_one_batch
-from cvx_plugins.tasks.record import end, write_facts
+from cvx_plugins.tasks.record import recorded
 from cvx_plugins.tasks.sampling import Job, Sampler, check_images, jobs_of, turns
 
 log = logging.getLogger("cvx")
@@ -45,14 +45,22 @@ class Sample:
         Data ranks take batches in turns. All of them go through as many, for they may hold parts of the
         predictor for each other; what has no batch left repeats one, and drops the result.
         """
-        config, folder, mesh = self._config, spec.output, parts.mesh
+        config = self._config
         jobs = list(jobs_of(parts.dataset.rows(), config.videos_per_prompt, spec.run.seed))
         check_images(jobs, spec)
-        todo = self._todo(jobs, spec, mesh)
-        if mesh.is_first:
-            write_facts(spec, parts.loaded, parts.device, mesh.degrees.world)
+        todo = self._todo(jobs, spec, parts.mesh)
         if len(todo) < len(jobs):
             log.info("%d of %d videos are there already", len(jobs) - len(todo), len(jobs))
+        with recorded(parts, spec, "Ended, all videos are there"):
+            self._sample(todo, parts, spec)
+            parts.mesh.barrier()
+            if config.sheet and parts.mesh.is_first:
+                self._write_sheet(spec.output, jobs, spec)
+        if parts.mesh.is_first:
+            log.info("%d videos in %s", len(jobs), spec.output)
+
+    def _sample(self, todo: list[Job], parts: Parts, spec: Spec) -> None:
+        config, mesh = self._config, parts.mesh
         batches = [todo[i : i + config.batch] for i in range(0, len(todo), config.batch)]
         own = list(turns(batches, mesh.place("batch"), mesh.size("batch")))
         sampler = Sampler(config, parts, spec)
@@ -66,13 +74,6 @@ class Sample:
                 latents = sampler.latents(batch, on_step)
                 for job, latent in zip(batch, latents, strict=True) if is_own else ():
                     self._write(job, latent, parts, spec)
-        mesh.barrier()
-        if not mesh.is_first:
-            return
-        if config.sheet:
-            self._write_sheet(folder, jobs, spec)
-        end(folder, "Ended, all videos are there")
-        log.info("%d videos in %s", len(jobs), folder)
 
     def _todo(self, jobs: Sequence[Job], spec: Spec, mesh: Mesh) -> list[Job]:
         """Return the jobs without a finished video, as the first rank sees it: others may write by now."""

@@ -6,6 +6,7 @@ import logging
 import av
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from cvx_core import CvxError
 from cvx_plugins.tasks import record
@@ -64,3 +65,41 @@ def test_a_report_that_cannot_be_written_is_a_warning(tiny, launch, monkeypatch,
     assert (out / "model").is_dir(), "the export comes after the report"
     assert "the report could not be written: OSError: [Errno 28] No space left" in caplog.text
     assert "clips as they are given to the model could not be written" in caplog.text
+
+
+TASKS = {"sample": {"steps": 2, "guidance": 1.0}, "evaluate": {"bands": 2}}
+DATA = {"sample": {"use": "prompts", "prompts": ["a"]}, "evaluate": {"use": "synthetic", "rows": 2}}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tasks_without_checkpoints_leave_the_same_record_a_failed_one_too(task, tiny, launch, tmp_path):
+    tiny["task"] |= {"steps": 1, "export": {"use": "hf"}, "export_whole": True}
+    model = launch(tiny, output=str(tmp_path / "trained")) / "model"
+    data = {
+        "model": str(model),
+        "device": "cpu",
+        "video": tiny["video"],
+        "dataset": {"use": "prompts", "prompts": ["a"]}
+        if task == "sample"
+        else {"use": "synthetic", "rows": 2},
+        "text_encoder": {"tokenizer": "bytes"},
+        "task": {"use": task, **TASKS[task]},
+    }
+    good = launch(data, output=str(tmp_path / "good"))
+    names = {"recipe.resolved.yaml", "weights.json", "plugins.json", "environment.json", "report.html"}
+    assert names <= {path.name for path in good.iterdir()}
+    [start] = starts_of(good)
+    assert start["ended"]["how"].startswith("Ended, ")
+    assert json.loads((good / "weights.json").read_text())["predictor"]["consumed"]
+    with pytest.raises(CvxError, match="is the folder of a training run, and this would replace its record"):
+        launch(data, output=str(tmp_path / "trained"))
+    [file] = (model / "vae").glob("*.safetensors")
+    broken = {name: tensor * float("nan") for name, tensor in load_file(file).items()}
+    save_file(broken, file)
+    with pytest.raises(CvxError):
+        launch(data, output=str(tmp_path / "bad"))
+    [start] = starts_of(tmp_path / "bad")
+    assert start["ended"]["how"].startswith("Ended by an error: ")
+    assert names <= {path.name for path in (tmp_path / "bad").iterdir()}
+    assert not list((tmp_path / "bad").glob("*.mp4"))
+    assert not (tmp_path / "bad/evaluation.json").exists()
