@@ -1,11 +1,13 @@
 """The demo's LoRA on a base of a shorter training: the new motion with it, not without it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cvx_core import run
 
@@ -19,12 +21,25 @@ def script(name, *arguments, check=True):
 
 
 def clips(folder, *arguments):
-    """Write clips of two colours alone: half the work, for a world that is half as large."""
+    """Write clips of two colours and two shapes alone: a third of the work, for a world that is as small.
+
+    Triangles are left out: they are the smallest, and after so few steps too faint to be told from the ground.
+    """
     script("make_clips.py", folder, *arguments)
     for file in (folder / "clips.jsonl", folder / "prompts.txt"):
         lines = file.read_text().splitlines(keepends=True)
-        file.write_text("".join(line for line in lines if "a red" in line or "a blue" in line))
+        kept = (line for line in lines if re.search("a (red|blue) (circle|square)", line))
+        file.write_text("".join(kept))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Have sums in one order, on any machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def launch(recipe, *overrides):
@@ -34,20 +49,20 @@ def launch(recipe, *overrides):
 @pytest.mark.slow
 def test_a_lora_learns_a_motion_that_the_base_does_not_know(tmp_path):
     base, lora = tmp_path / "base", tmp_path / "lora"
-    old = clips(tmp_path / "clips", "--each", 3)
-    new = clips(tmp_path / "new", "--new", "--each", 5)
+    old = clips(tmp_path / "clips", "--each", 4)
+    new = clips(tmp_path / "new", "--new", "--each", 16)
     launch("train.yaml", f"output={base}", f"dataset.path={old / 'clips.jsonl'}", *SHORTER)
     model = f"model={base / 'model'}"
-    launch("lora.yaml", model, f"output={lora}", f"dataset.path={new / 'clips.jsonl'}")
-    videos = (f"dataset.path={new / 'prompts.txt'}", "task.videos_per_prompt=3", "task.sheet=false")
+    launch("lora.yaml", model, f"output={lora}", f"dataset.path={new / 'clips.jsonl'}", "task.steps=130")
+    videos = (f"dataset.path={new / 'prompts.txt'}", "task.batch=12", "task.sheet=false")
     right = {}
-    for scale in (1, 0):
+    for scale, each in ((1, 6), (0, 3)):
         out = tmp_path / f"scale-{scale}"
         file = (f"adapters[0].weights.path={lora / 'adapter'}", f"adapters[0].scale={scale}")
-        launch("lora-sample.yaml", model, f"output={out}", *file, *videos)
+        launch("lora-sample.yaml", model, f"output={out}", *file, *videos, f"task.videos_per_prompt={each}")
         script("score.py", out, check=False)  # fails where the score is low, as it is without the LoRA
         score = json.loads((out / "score.json").read_text())
-        assert score["of"] == 18
+        assert score["of"] == 4 * each
         right[scale] = sum(video["direction"] for video in score["videos"]) / score["of"]
     assert right[1] >= 0.9
-    assert right[0] < 0.5
+    assert right[0] < 0.1
