@@ -97,7 +97,8 @@ def scan(path: Path) -> Index:
         raise FormatError(f"{path}: the file is empty. Copy or download it again.")
     with explained(path), av.open(address(path)) as container:
         stream = video_stream(container, path)
-        packets = _packets(container, stream, path)
+        stream.thread_type = "SLICE"  # frame threads would decode several frames to give one
+        packets, frame = _packets(container, stream, path)
         _check_complete(container, stream, packets, path)
         container_name = container.format.name.split(",")[0]
         tick = stream.time_base
@@ -105,7 +106,7 @@ def scan(path: Path) -> Index:
         fps = stream.average_rate or stream.guessed_rate
     if not fps:
         raise FormatError(f"{path}: the stream states no frame rate. {_REMUX.format(path=path)}")
-    height, width, rotation = _geometry(path)
+    height, width, rotation = _geometry(frame, path)
     pts, keys, is_plain = _order(packets, container_name)
     return Index(
         path=path,
@@ -147,8 +148,10 @@ def video_stream(container: Any, path: Path) -> Any:
     return container.streams.video[0]
 
 
-def _packets(container: Any, stream: Any, path: Path) -> list[Packet]:
+def _packets(container: Any, stream: Any, path: Path) -> tuple[list[Packet], Any]:
+    """Return all packets, and the first frame that can be decoded, None where there is none."""
     packets: list[Packet] = []
+    frame = None
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise FormatError(
@@ -158,11 +161,13 @@ def _packets(container: Any, stream: Any, path: Path) -> list[Packet]:
             )
         if packet.size:
             packets.append(Packet(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
+        if frame is None and (packet.size or packet.dts is None):  # else a placeholder
+            frame = next(iter(packet.decode()), None)
     if not any(packet.is_key for packet in packets):
         raise FormatError(
             f"{path}: its video stream holds no frame that can be decoded on its own. Drop its row."
         )
-    return packets
+    return packets, frame
 
 
 def _check_complete(container: Any, stream: Any, packets: list[Packet], path: Path) -> None:
@@ -187,12 +192,8 @@ def _check_complete(container: Any, stream: Any, packets: list[Packet], path: Pa
         )
 
 
-def _geometry(path: Path) -> tuple[int, int, int]:
+def _geometry(frame: Any, path: Path) -> tuple[int, int, int]:
     """Return height and width as shown, and the rotation, from the first decodable frame."""
-    with av.open(address(path)) as container:
-        stream = video_stream(container, path)
-        stream.thread_type = "SLICE"  # frame threads would decode several frames to give one
-        frame = next(container.decode(stream), None)
     if frame is None:
         raise FormatError(
             f"{path}: no frame of its video stream can be decoded. Fetch it again or drop its row."
