@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ from cvx_io.record.curves import Curve
 ENVIRONMENT, PLUGINS, DATA, RECIPE = "environment.json", "plugins.json", "data.json", "recipe.resolved.yaml"
 GIVEN = "given"
 """Folder of clips as the model was given them."""
-NOT_CLIPS = ("checkpoints", "model", "tensorboard")
+VALIDATION, BAND = "validation", "validation/loss_band_"
+"""Folder of the videos of validations, and how the keys of their losses per band begin."""
+NOT_CLIPS = ("checkpoints", "model", "tensorboard", VALIDATION, "wandb")
 KNOWN: Mapping[str, tuple[str, str, bool]] = {
     "loss": ("Loss", "", True),
+    "validation/loss": ("Held-out loss", "", True),
     "lr": ("Learning rate", "", False),
     "grad_norm": ("Gradient norm before clipping", "", True),
     "rows_per_second": ("Throughput", "rows per second", False),
@@ -69,7 +72,13 @@ def read_run(folder: Path) -> Run:
 
 
 def find_clips(folder: Path) -> Iterator[Path]:
-    """Yield the mp4 files of a run, those of the newest folder first, by name within one folder."""
+    """Yield the mp4 files of a run, those of the newest folder first, by name within one folder.
+
+    Of validations only the last one's is among them, with all its videos side by side, before all else.
+    """
+    yield from sorted((folder / VALIDATION).glob("step-*.mp4"), key=lambda path: (len(path.name), path.name))[
+        -1:
+    ]
     found: dict[Path, list[Path]] = {}
     for path in sorted(folder.rglob("*.mp4")):
         inner = path.relative_to(folder).parts
@@ -86,9 +95,19 @@ def _curves(rows: list[dict[str, Any]]) -> Iterator[Curve]:
     for key in sorted(keys, key=lambda key: list(KNOWN).index(key) if key in KNOWN else len(KNOWN)):
         points = [(row["step"], row[key]) for row in rows if _is_number(row.get(key))]
         if points:
-            title, unit, may_be_log = KNOWN.get(key, (key, "", True))
+            title, unit, may_be_log = KNOWN.get(key, (_title(key, keys), "", True))
             steps, values = zip(*points, strict=True)
             yield Curve(key, title, unit, steps, tuple(map(float, values)), may_be_log)
+
+
+def _title(key: str, keys: Collection[str]) -> str:
+    """Return what a quantity without a title of its own is called: a band by its timesteps."""
+    number = key.removeprefix(BAND)
+    if number == key or not number.isdigit():
+        return key
+    count = sum(other.startswith(BAND) for other in keys)
+    low, high = (1000 * (int(number) + i) // count for i in (0, 1))
+    return f"Held-out loss, timesteps {low} to {high - 1}"
 
 
 def _is_number(value: Any) -> bool:

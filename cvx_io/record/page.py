@@ -11,7 +11,7 @@ import yaml
 from cvx_io.record import curves
 from cvx_io.record.clips import Clip, Clips
 from cvx_io.record.curves import Curve
-from cvx_io.record.files import GIVEN, Run
+from cvx_io.record.files import GIVEN, VALIDATION, Run
 
 TABLE_ROWS = 25
 """Values of a curve that its table shows."""
@@ -34,6 +34,7 @@ h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 p { margin: .3rem 0; max-width: 60rem; overflow-wrap: anywhere; }
 .grid { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); }
 .clips { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)); }
+.wide { display: block; max-width: 48rem; }
 figure { margin: 0; }
 figure > strong { display: block; }
 figcaption { color: var(--muted); font-size: .85rem; overflow-wrap: anywhere; }
@@ -179,8 +180,13 @@ def _curve_table(curve: Curve) -> str:
 
 def _clips(clips: Clips) -> str:
     given = [clip for clip in clips.shown if clip.path.parent.name == GIVEN]
-    made = [clip for clip in clips.shown if clip.path.parent.name != GIVEN]
+    side_by_side = [clip for clip in clips.shown if clip.path.parent.name == VALIDATION]
+    made = [clip for clip in clips.shown if clip.path.parent.name not in (GIVEN, VALIDATION)]
     parts = []
+    if side_by_side:
+        parts.append(
+            f'<p>The last validation.</p><div class="wide">{"".join(map(_clip, side_by_side))}</div>'
+        )
     if made:
         parts.append(f'<p>Sampled.</p><div class="clips">{"".join(map(_clip, made))}</div>')
     if given:

@@ -276,3 +276,20 @@ def test_in_a_browser_curves_and_clips_are_seen_and_nothing_is_asked_of_the_netw
     (tmp_path / "probe.html").write_text('<img src="http://probe.invalid/x.png">')
     _, asked = browse(tmp_path / "probe.html", tmp_path)
     assert asked == ["http://probe.invalid/x.png"], "a request would have been seen"
+
+
+def test_it_shows_the_last_validation_and_the_loss_of_every_band(run):
+    for name in ("step-000000.mp4", "step-000030.mp4", "base/0000-a-fox.mp4", "step-000030/0000-a-fox.mp4"):
+        clip(run / "validation" / name, prompt=f"made {name}")
+    with (run / "log.jsonl").open("a") as file:
+        for step in (0, 30):
+            line = {"validation/loss": 1.0, "validation/loss_band_0": 0.5, "validation/loss_band_1": 1.5}
+            file.write(json.dumps({"step": step, **line, "validation/weights": "trained"}) + "\n")
+    page = Page(write_report(run).read_text())
+    shown = [figure.get("aria-label") for figure in page.all("video")]
+    assert "made step-000030.mp4" in shown
+    assert not {"made step-000000.mp4", "made base/0000-a-fox.mp4"} & set(shown)
+    assert "The last validation." in page.text
+    titles = ("Held-out loss", "Held-out loss, timesteps 0 to 499", "Held-out loss, timesteps 500 to 999")
+    for title in titles:
+        assert f"{title}, 2 values from step 0 to 30" in page.text
