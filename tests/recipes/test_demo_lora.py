@@ -23,7 +23,7 @@ def script(name, *arguments, check=True):
 def clips(folder, *arguments):
     """Write clips of two colours and two shapes alone: a third of the work, for a world that is as small.
 
-    Triangles are left out: they are the smallest, and after so few steps too faint to be told from the ground.
+    Triangles are left out: the smallest, after so few steps they are too faint to be told from the ground.
     """
     script("make_clips.py", folder, *arguments)
     for file in (folder / "clips.jsonl", folder / "prompts.txt"):
