@@ -37,7 +37,7 @@ CHAINS = {
         ["zero2", "zero1", "pp"],
         5e-4,
     ),
-    "came": ({"use": "came", "lr": 1e-3}, "float32", ["ddp", "pp"], 1e-6),
+    "came": ({"use": "came", "lr": 1e-3, "offload": "state"}, "float32", ["ddp", "pp"], 1e-6),
     "prodigy": ({"use": "prodigy", "d0": 1e-3, "offload": "state"}, "float32", ["ddp"], 1e-6),
 }
 """(optimizer, dtype, strategies for a step each, most difference of a loss); one process ends each run."""

@@ -149,6 +149,22 @@ def test_quantised_values_are_near_and_rows_are_their_own(shape, is_signed):
         assert torch.equal(own[0], scale[row])
 
 
+@pytest.mark.parametrize("is_signed", [True, False])
+def test_a_code_is_that_of_the_nearest_level(is_signed):
+    """Also next to the bounds between levels, for numbers of every size, and at the ends."""
+    known = levels(is_signed)
+    bounds = (known[1:] + known[:-1]) / 2
+    small = torch.logspace(-12, 0, 20000)
+    tricky = [bounds, bounds.nextafter(known[1:]), bounds.nextafter(known[:-1]), known, small]
+    values = torch.cat([*tricky, -small] if is_signed else tricky)[None]
+    codes, scale = torch.zeros_like(values, dtype=torch.uint8), torch.zeros(1, 1)
+    quantise(values, codes, scale, is_signed=is_signed, block=values.numel())
+    nearest = torch.bucketize(values, bounds)
+    expected = nearest if is_signed else nearest.clamp_min((values > 0).long())
+    assert float(scale) == 1.0
+    assert torch.equal(codes.long(), expected)
+
+
 def test_a_square_above_zero_stays_above_zero():
     """Else a mean is divided by eps alone, a hundred million times too large."""
     values = torch.full((1, 256), 1e-12)
