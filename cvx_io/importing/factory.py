@@ -343,6 +343,19 @@ def _autoencoder(draft: Draft) -> None:
     draft.drop(("--enable_slicing",), "is not needed: it changes no result; lower loader.batch for memory")
 
 
+def _trackers(draft: Draft) -> None:
+    """Say where the run is shown. Another package than TensorBoard may not be here, so it is not put in."""
+    where = draft.pop("--report_to")
+    if where == "tensorboard":
+        draft.note("mapped", "--report_to", where, "task.trackers: tensorboard, which is the default")
+    elif where is not None:
+        known = where if where in ("wandb", "trackio") else "wandb"
+        text = f"add `trackers: [{{use: {known}}}]` to the task where that package is installed"
+        draft.note("no counterpart", "--report_to", where, text)
+    draft.drop(("--tracker_name",), "is the `project` of a tracker in task.trackers")
+    draft.drop(("--logging_dir",), "log.jsonl, TensorBoard files and report.html are in the output folder")
+
+
 def _dropped(draft: Draft) -> None:
     draft.drop(("--id_token",), "write it at the start of every caption")
     draft.drop(("--random_flip",), "flip the clips beforehand")
@@ -360,11 +373,8 @@ def _dropped(draft: Draft) -> None:
             "--use_dynamic_cfg",
             *(f"--validation_{part}" for part in validation),
         ),
-        "sample from the result with a recipe of the task `sample`",
+        "state task.validation (docs/validation.md), or sample from the result with the task `sample`",
     )
-    draft.drop(
-        ("--report_to", "--tracker_name", "--logging_dir"),
-        "log.jsonl, TensorBoard files and report.html are in the output folder",
-    )
+    _trackers(draft)
     draft.drop(("--push_to_hub", "--hub_token", "--hub_model_id"), "upload the result yourself")
     draft.drop(("--revision", "--variant", "--cache_dir"), "nothing is fetched by a run; download that one")

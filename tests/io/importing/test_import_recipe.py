@@ -457,3 +457,19 @@ def test_an_import_error_is_of_the_data(work):
     Path("x.yaml").write_text("a: 1\n")
     with pytest.raises(FormatError, match="is no training config of MindOne"):
         import_recipe(Path("x.yaml"), Path("weights"))
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("tensorboard", "task.trackers: tensorboard, which is the default"),
+        ("wandb", "add `trackers: [{use: wandb}]` to the task where that package is installed"),
+        ("all", "add `trackers: [{use: wandb}]` to the task where that package is installed"),
+    ],
+)
+def test_where_a_run_is_shown_is_said(where, said, work):
+    script = Path("factory.sh")
+    script.write_text(script.read_text().replace("--report_to wandb", f"--report_to {where}"))
+    account = import_recipe(script, Path("weights")).account()
+    [line] = [line for line in account if "--report_to" in line]
+    assert said in line
