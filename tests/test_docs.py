@@ -32,7 +32,8 @@ def workplace(tmp_path, monkeypatch):
     for folder, preset in (("CogVideoX-5b", "cogvideox-5b"), ("CogVideoX1.5-5B-I2V", "cogvideox-1.5-5b-i2v")):
         release(tmp_path / "weights" / folder, preset)
     (tmp_path / "data").mkdir()
-    (tmp_path / "data/clips.jsonl").write_text("")
+    for listing in ("data/clips.jsonl", "data/held-out.jsonl"):
+        (tmp_path / listing).write_text("")
     (tmp_path / "prompts.txt").write_text("a cat\n")
     for folder in ("runs/cache", "data/latents", "data/texts"):
         (tmp_path / folder).mkdir(parents=True)

@@ -52,7 +52,7 @@ class VideosConfig(Config):
 class ValidationConfig(Config):
     """Look at the model while it trains. Training is bit for bit what it is without."""
 
-    every: Positive
+    every: Positive = 500
     """Optimizer steps from one validation to the next; the last step of the run has one too."""
     at_start: bool = True
     """Validate before the first step too."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from cvx_core import CvxError, RecipeError
 from cvx_core.recipe import parse
@@ -326,3 +327,18 @@ def test_image_to_video_prompts_need_images(tiny, launch):
     tiny["predictor"]["image_condition"] = True
     with pytest.raises(CvxError, match=r"is image-to-video, but 2 rows have no image"):
         launch(tiny)
+
+
+def test_image_to_video_is_validated_from_images(tiny, launch, tmp_path, frames, validations):
+    tiny["predictor"]["image_condition"] = True
+    images = []
+    for shade in (40, 200):
+        images.append(str(tmp_path / f"{shade}.png"))
+        Image.fromarray(np.full((32, 32, 3), shade, np.uint8)).save(images[-1])
+    tiny["task"]["validation"]["videos"] = {**VIDEOS, "dataset": {**PROMPTS, "images": images}}
+    folder = launch(tiny, **{"task.steps": 2})
+    assert list(validations(folder)) == [0, 2]
+    assert np.array_equal(frames(folder, "base"), frames(folder, "step-000000"))
+    assert not np.array_equal(frames(folder, "base"), frames(folder, "base", 1))
+    record = json.loads(next((folder / "validation/base").glob("0001*.json")).read_text())
+    assert record["image"] == images[1]
