@@ -62,7 +62,7 @@ class Validation:
         self._done = step if told[0] else None
         if self._parts.mesh.is_first:
             _drop_past(self._folder, step)
-        if self._videos is not None:
+        if self._videos is not None and self._done != self._last:
             adapter = self._parts.adapter
             without = adapter.off(self._parts.predictor) if hasattr(adapter, "off") else None
             with self._at_rest():

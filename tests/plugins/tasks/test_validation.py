@@ -1,6 +1,7 @@
 """Validation while a predictor trains: its figures, when it happens, and that training does not notice."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -342,3 +343,21 @@ def test_image_to_video_is_validated_from_images(tiny, launch, tmp_path, frames,
     assert not np.array_equal(frames(folder, "base"), frames(folder, "base", 1))
     record = json.loads(next((folder / "validation/base").glob("0001*.json")).read_text())
     assert record["image"] == images[1]
+
+
+def test_encoders_that_made_room_come_back_for_the_videos_and_go_again():
+    class Module:
+        def __init__(self, device):
+            self.device = torch.device(device)
+
+        def parameters(self):
+            return iter([SimpleNamespace(device=self.device)])
+
+        def to(self, device):
+            self.device = torch.device(device)
+
+    away, there = Module("cpu"), Module("cuda")
+    parts = SimpleNamespace(device=torch.device("cuda"), text_encoder=away, autoencoder=there)
+    with validation_videos._at_hand(parts):
+        assert (away.device.type, there.device.type) == ("cuda", "cuda")
+    assert (away.device.type, there.device.type) == ("cpu", "cuda")
