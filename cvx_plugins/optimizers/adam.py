@@ -24,7 +24,6 @@ class Adam:
     """AdamW with state in full. Names in state and groups are torch's, and either goes on from the other."""
 
     parted = True
-    unit = 1
 
     def __init__(self, cfg: AdamConfig, fused: Literal["auto"] | bool = "auto"):
         torchs = torch.optim.AdamW([nn.Parameter(torch.empty(0))], betas=cfg.betas, eps=cfg.eps).defaults
@@ -36,6 +35,10 @@ class Adam:
     def start(self, name: str, weight: Tensor) -> State:
         """Return the state before the first step."""
         return {MEAN: torch.zeros_like(weight), SQUARE: torch.zeros_like(weight)}
+
+    def misfit(self, length: int) -> str:
+        """Return why a part of a row of that many values cannot be; "" if it can."""
+        return ""
 
     def update(
         self, weight: Tensor, gradient: Tensor, state: State, step: int, group: Mapping[str, Any]
@@ -67,7 +70,7 @@ class Adam8bit(Adam):
 
     def __init__(self, cfg: AdamW8bitConfig):
         super().__init__(cfg)
-        self._block = self.unit = cfg.block
+        self._block = cfg.block
 
     def start(self, name: str, weight: Tensor) -> State:
         """Return the state before the first step."""
@@ -81,6 +84,14 @@ class Adam8bit(Adam):
                 weight.shape[0], -(-length // self._block), device=weight.device
             )
         return state
+
+    def misfit(self, length: int) -> str:
+        """Return why a part of a row of that many values cannot be; "" if it can."""
+        if length < SHORTEST or not length % self._block:
+            return ""
+        fitting = [size for size in (128, 64) if not length % size]
+        remedy = f"block: {fitting[0]}" if fitting else "another size of tp, or adamw"
+        return f"which optimizer.block {self._block} does not divide. Use {remedy}."
 
     def update(
         self, weight: Tensor, gradient: Tensor, state: State, step: int, group: Mapping[str, Any]

@@ -16,11 +16,14 @@ class Came:
     """Squares of a matrix, or of a kernel as one of (rows, all else), are kept as means along both dims."""
 
     parted = False
-    unit = 1
 
     def __init__(self, cfg: CameConfig):
         self._cfg = cfg
         self.group: Mapping[str, Any] = {}
+
+    def misfit(self, length: int) -> str:
+        """Return why a part of a row of that many values cannot be; "" if it can."""
+        return ""
 
     def start(self, name: str, weight: Tensor) -> State:
         """Return the state before the first step."""

@@ -20,7 +20,6 @@ class Prodigy:
     """
 
     parted = False
-    unit = 1
 
     def __init__(self, cfg: ProdigyConfig):
         self._cfg = cfg
@@ -28,6 +27,10 @@ class Prodigy:
         self.group: Mapping[str, Any] = {"d": cfg.d0, "d_max": cfg.d0, "d_numerator": 0.0, "updates": 0}
         self._sums: list[tuple[Tensor, Tensor]] = []
         self._size = 0.0
+
+    def misfit(self, length: int) -> str:
+        """Return why a part of a row of that many values cannot be; "" if it can."""
+        return ""
 
     def start(self, name: str, weight: Tensor) -> State:
         """Return the state before the first step."""

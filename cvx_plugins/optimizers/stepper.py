@@ -33,8 +33,6 @@ class Rule(Protocol):
     """What a parameter group holds besides lr and weight_decay."""
     parted: bool
     """Whether parts of parameters do."""
-    unit: int
-    """Values of a row that have to stay together."""
 
     def start(self, name: str, weight: Tensor) -> State:
         """Return the state before the first step."""
@@ -44,6 +42,10 @@ class Rule(Protocol):
         self, weight: Tensor, gradient: Tensor, state: State, step: int, group: Mapping[str, Any]
     ) -> None:
         """Change a weight in place. step: counted from 1."""
+
+    def misfit(self, length: int) -> str:
+        """Return why a rank cannot hold a part of a row of that many values, and what to do; "" if it can."""
+        ...
 
 
 @runtime_checkable
@@ -187,11 +189,8 @@ class Stepper(torch.optim.Optimizer):
                 f"optimizer: it needs whole parameters, and a mesh shares out {name!r}. Use adamw."
             )
         length = param.to_local().shape[1:].numel()
-        if length < param.shape[1:].numel() and length % self._rule.unit:
-            raise CvxError(
-                f"optimizer.block: a rank holds {length} values of each row of {name!r}, which "
-                f"{self._rule.unit} does not divide. Use block: 64, another size of tp, or adamw."
-            )
+        if length < param.shape[1:].numel() and (why := self._rule.misfit(length)):
+            raise CvxError(f"optimizer: a rank holds {length} values of each row of {name!r}, {why}")
 
 
 def _is_half(param: Tensor) -> bool:
