@@ -36,12 +36,18 @@ def _index(shard: Path, _time: int, size: int) -> dict[str, Member]:
             for info in tar:
                 if info.isfile():
                     found[info.name.removeprefix("./")] = Member(shard, info.offset_data, info.size)
+            end = tar.offset
     except (tarfile.TarError, OSError, EOFError) as error:
         raise FormatError(
             f"{shard}: not a plain tar file: {error}. Unpack a compressed one first, or fetch it again."
         ) from error
     if late := [name for name, member in found.items() if member.start + member.size > size]:
         raise FormatError(f"{shard}: truncated within {late[0]!r}. Copy or download it again.")
+    with shard.open("rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            last = f"after {next(reversed(found))!r}" if found else "at its start"
+            raise FormatError(f"{shard}: truncated: no end is marked {last}. Copy or download it again.")
     return found
 
 

@@ -142,10 +142,14 @@ def _exact(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
+def _counted(num_frames: int) -> str:
+    return f"{num_frames} frame" if num_frames == 1 else f"{num_frames} frames"
+
+
 def _too_short(num_frames: int, fps: float, pick: Pick, needed: int) -> ClipTooShort:
     skipped = f", {pick.skip} skipped at both ends" if pick.skip else ""
     return ClipTooShort(
-        f"has {num_frames} frames at {fps:g} fps; {pick.frames} frames at {pick.fps:g} fps need {needed}"
+        f"has {_counted(num_frames)} at {fps:g} fps; {pick.frames} frames at {pick.fps:g} fps need {needed}"
         f"{skipped}. {_REMEDY}"
     )
 

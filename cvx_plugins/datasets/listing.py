@@ -35,7 +35,7 @@ class Listing:
         """Return the absolute path of a media file; a missing one is a problem."""
         path = Path(os.path.abspath((root or self.root) / text.strip()))  # noqa: PTH100 (keeps links as named)
         if not is_there(path):
-            self.problem(line, f"{what} {str(path)!r} does not exist.")
+            self.problem(line, f"{what} {str(path)!r} {_why_no_file(path)}.")
             return None
         return path
 
@@ -64,6 +64,14 @@ class Listing:
         if not self._rows:
             raise FormatError(f"{self.source}: lists no rows. Add at least one, or name another file.")
         return tuple(self._rows)
+
+
+def _why_no_file(path: Path) -> str:
+    if path.is_symlink() and not path.exists():
+        return "is a link that leads nowhere"
+    if path.is_dir():
+        return "is a folder, and a file is needed"
+    return "is no regular file" if path.exists() else "does not exist"
 
 
 def required(path: Path | None, field: str) -> Path:

@@ -132,6 +132,10 @@ def explained(path: Path) -> Iterator[None]:
     """Turn every error of the library into a FormatError that names the file and a remedy."""
     try:
         yield
+    except PermissionError as error:
+        raise FormatError(
+            f"{path}: may not be read: {error.strerror}. Allow that (chmod), or drop its row."
+        ) from error
     except av.error.FFmpegError as error:
         raise FormatError(
             f"{path}: cannot be decoded as video: {error.strerror or error}. It is truncated, damaged or "

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,6 +95,24 @@ def listing(name: str, files: dict[str, str | bytes], **fields: str) -> Callable
 
 def no_file(folder: Path, _: Recipe) -> None:
     (folder / "clips.jsonl").unlink()
+
+
+def cut_shard(folder: Path, recipe: Recipe) -> None:
+    (folder / "b.txt").write_text("b")
+    with tarfile.open(folder / "s.tar", "w") as shard:
+        for name in ("b.txt", "b.mp4"):
+            shard.add(folder / name, name)
+    (folder / "s.tar").write_bytes((folder / "s.tar").read_bytes()[:-9000])
+    recipe["dataset"] = {"use": "webdataset", "path": "s.tar"}
+
+
+def shard_without_its_end(folder: Path, recipe: Recipe) -> None:
+    cut_shard(folder, recipe)
+    with tarfile.open(folder / "s.tar", "w", format=tarfile.USTAR_FORMAT) as shard:
+        shard.add(folder / "b.txt", "b.txt")
+        shard.add(folder / "b.mp4", "b.mp4")
+        end = shard.offset
+    (folder / "s.tar").write_bytes((folder / "s.tar").read_bytes()[:end])
 
 
 def small_in_buckets(folder: Path, recipe: Recipe) -> None:
@@ -196,7 +215,18 @@ FAULTS: dict[str, Fault] = {
         listing("csv", {"t.csv": "video,captoin\na.mp4,a\n"}, path="t.csv"),
         ("t.csv:1: no column 'caption'", "captoin"),
     ),
-    "a shard that is cut": Fault(listing("webdataset", {"s.tar": b"\0" * 700}, path="s.tar"), ("s.tar: ",)),
+    "a shard that is cut": Fault(
+        cut_shard,
+        (
+            "s.tar: ",
+            "unexpected end of data",
+            "fetch it again",
+        ),
+    ),
+    "a shard that is cut between two members": Fault(
+        shard_without_its_end,
+        ("s.tar: truncated: no end is marked after 'b.mp4'. Copy or download it again",),
+    ),
     "an empty clip": Fault(clip(Path.touch), ("row 'b'", "b.mp4: the file is empty. Copy or download")),
     "a truncated clip": Fault(clip(cut), ("row 'b'", "b.mp4", "truncated", "fetch it again or drop its row")),
     "a clip damaged in the middle": Fault(
@@ -213,15 +243,18 @@ FAULTS: dict[str, Fault] = {
         ("row 'b'", "b.mp4", "has 2 frames at 8 fps; 5", "Drop the clip"),
     ),
     "a clip of one frame": Fault(
-        clip(lambda path: write_clip(path, 1)), ("row 'b'", "has 1 frames", "ask for fewer frames")
+        clip(lambda path: write_clip(path, 1)), ("row 'b'", "has 1 frame at 8 fps", "ask for fewer frames")
     ),
-    "a folder in place of a clip": Fault(clip(Path.mkdir), ("clips.jsonl:2: ", "b.mp4' does not exist")),
+    "a folder in place of a clip": Fault(
+        clip(Path.mkdir), ("clips.jsonl:2: ", "b.mp4' is a folder, and a file is needed")
+    ),
     "a link that leads to itself": Fault(
-        clip(lambda path: path.symlink_to(path)), ("clips.jsonl:2: ", "b.mp4' does not exist")
+        clip(lambda path: path.symlink_to(path)), ("clips.jsonl:2: ", "b.mp4' is a link that leads nowhere")
     ),
-    "a pipe in place of a clip": Fault(clip(os.mkfifo), ("clips.jsonl:2: ", "b.mp4' does not exist")),
+    "a pipe in place of a clip": Fault(clip(os.mkfifo), ("clips.jsonl:2: ", "b.mp4' is no regular file")),
     "a clip that may not be read": Fault(
-        lambda folder, _: (folder / "b.mp4").chmod(0), ("row 'b'", "b.mp4", "Permission denied")
+        lambda folder, _: (folder / "b.mp4").chmod(0),
+        ("row 'b'", "b.mp4: may not be read: Permission denied. Allow that"),
     ),
     "an image that is cut": Fault(
         bad_image, ("row 'b'", "i.png: cannot be read as an image", "Fetch it again")
@@ -252,7 +285,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "weights that are cut": Fault(
         weights(lambda file: file.write_bytes(file.read_bytes()[:-9])),
-        ("diffusion_pytorch_model.safetensors",),
+        ("diffusion_pytorch_model.safetensors", "It was cut short; download or export it again"),
     ),
     "weights of another shape": Fault(
         weights(edit("norm_final.weight", lambda t: t[:3])), ("norm_final.weight is [3], expected [32]",)
@@ -281,9 +314,12 @@ FAULTS: dict[str, Fault] = {
         lambda folder, recipe: set_to(
             task__resume=str(folder / "run"), predictor__num_layers=3, output="new"
         )(folder, recipe),
-        ("step-00000002", "transformer_blocks.2"),
+        ("step-00000002: does not fit this recipe", "transformer_blocks.2", "Resume with the recipe it"),
     ),
-    "checkpoints that are all damaged": Fault(each_checkpoint(shorten), ("damaged", "step-0000000")),
+    "checkpoints that are all damaged": Fault(
+        each_checkpoint(shorten),
+        ("all 2 checkpoints are damaged", "step-00000002", "Copy them again, or set another output"),
+    ),
     "an output with another run": Fault(set_to(task__resume="none"), ("earlier run", "task.resume=auto")),
 }
 

@@ -24,7 +24,7 @@ BAD = {
     "text": ("unreadable", "text.mp4"),
     "deadly": ("unreadable", "deadly.mp4: crashes the decoder (exit code -9)"),
     "short": ("too short", "has 2 frames at 8 fps; 5 frames at 8 fps need 5"),
-    "one": ("too short", "has 1 frames at 8 fps"),
+    "one": ("too short", "has 1 frame at 8 fps"),
 }
 GOOD = ("good", "vfr", "turned", "odd", "tiny")
 
