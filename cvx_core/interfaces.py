@@ -293,7 +293,11 @@ class ParamGroup(NamedTuple):
 
 
 class Optimizer(Protocol):
-    """Makes torch optimizers."""
+    """Makes torch optimizers.
+
+    One whose state holds `master` for a parameter keeps its weights there, which the parameter has
+    rounded: what changes there counts as a change. One with `with_gradient(param)` keeps gradients at what that returns.
+    """
 
     def build(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer: ...
 
