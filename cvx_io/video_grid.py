@@ -15,8 +15,8 @@ from cvx_io.video_write import shorten, write_mp4
 
 _INK, _PAPER, _MISSING = (20, 20, 20), (255, 255, 255), (120, 120, 120)
 _MARGIN, _LABEL = 6, 16
-LONGEST = 480
-"""Pixels of the longer side of a video in a grid; larger ones are made smaller."""
+LONGEST, NARROWEST = 480, 160
+"""Pixels of the longer side of a video in a grid, and of its width; words need some room."""
 
 
 class GridRow(NamedTuple):
@@ -61,11 +61,11 @@ def write_grid(
 ) -> None:
     """Write videos as one, each under its column's name and over its row's label.
 
-    A video that is missing is a grey field; a shorter one stays on its last frame. Raises ValueError where
-    there is no video at all.
+    Large videos are made smaller, and tiny ones larger by whole factors. A video that is missing is a grey
+    field; a shorter one stays on its last frame. Raises ValueError where there is no video at all.
     """
     shown = [
-        GridRow(row.label, [smaller(cell) if cell is not None else None for cell in row.cells])
+        GridRow(row.label, [_fitted(cell) if cell is not None else None for cell in row.cells])
         for row in rows
     ]
     videos = [cell for row in shown for cell in row.cells if cell is not None]
@@ -83,6 +83,11 @@ def write_grid(
             last = np.minimum(np.arange(count), len(cell) - 1)
             grid[:, top : top + cell.shape[1], left : left + cell.shape[2]] = cell[last]
     write_mp4(path, grid, fps, metadata)
+
+
+def _fitted(frames: np.ndarray) -> np.ndarray:
+    factor = max(1, NARROWEST // frames.shape[2])
+    return smaller(frames) if factor == 1 else frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def _canvas(

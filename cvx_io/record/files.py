@@ -22,6 +22,7 @@ NOT_CLIPS = ("checkpoints", "model", "tensorboard", VALIDATION, "wandb")
 KNOWN: Mapping[str, tuple[str, str, bool]] = {
     "loss": ("Loss", "", True),
     "validation/loss": ("Held-out loss", "", True),
+    "validation/failed": ("What went wrong in validations", "", False),
     "lr": ("Learning rate", "", False),
     "grad_norm": ("Gradient norm before clipping", "", True),
     "rows_per_second": ("Throughput", "rows per second", False),

@@ -111,8 +111,8 @@ def test_the_base_stands_beside_the_trained_model(tiny, launch, frames):
     assert np.array_equal(base, first)
     assert not np.array_equal(base, last)
     grid, fps = read_mp4(folder / "validation/step-000004.mp4")
-    assert grid.shape[1] > 2 * 32
-    assert grid.shape[2] > 2 * 32
+    assert grid.shape[1] > 2 * 160
+    assert grid.shape[2] > 2 * 160
     assert fps == 8
     assert (
         json.loads((folder / "validation/step-000004.json").read_text())["prompt"] == "base | trained, step 4"
