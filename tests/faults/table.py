@@ -59,6 +59,12 @@ OTHERS = (
     ),
     Row(
         "Clips and images",
+        "bad clips on several ranks, `loader.unreadable: skip`",
+        "all ranks leave out the same, and train on the rows that one process has",
+        "tests/faults/test_unreadable_ranks.py::test_two_ranks_leave_out_the_same_clips_as_one_process",
+    ),
+    Row(
+        "Clips and images",
         "bad clips of several kinds at once, buckets",
         "the same, for what a look at the file shows",
         f"{TASKS}/test_data_faults.py::test_with_buckets_bad_clips_are_skipped_counted_and_reported",
