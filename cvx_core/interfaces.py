@@ -295,8 +295,9 @@ class ParamGroup(NamedTuple):
 class Optimizer(Protocol):
     """Makes torch optimizers.
 
-    One whose state holds `master` for a parameter keeps its weights there, which the parameter has
-    rounded: what changes there counts as a change. One with `with_gradient(param)` keeps gradients at what that returns.
+    One whose state holds `master` for a parameter keeps the weights there, which the parameter has rounded:
+    what changes there counts as a change. One with `with_gradient(param)` keeps gradients in what it
+    returns.
     """
 
     def build(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer: ...
