@@ -170,6 +170,11 @@ def save(result: Comparison, size: Size, folder: Path = RESULTS) -> Path:
     return path
 
 
+def save_record(name: str, record: Mapping[str, Any]) -> None:
+    """Write a record among the results."""
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def hardware(device: str) -> dict[str, Any]:
     """Return what the measurement ran on."""
     info: dict[str, Any] = {
