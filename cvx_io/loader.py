@@ -234,8 +234,8 @@ class Loader:
         return order
 
     def _prompt(self, row: Row, epoch: int) -> str:
-        if not row.captions:
-            return ""
+        if len(row.captions) < 2:
+            return row.captions[0] if row.captions else ""
         generator = keyed(self.seed, "caption", epoch, row.id)
         return row.captions[int(torch.randint(len(row.captions), (), generator=generator))]
 

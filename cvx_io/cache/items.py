@@ -7,6 +7,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -101,15 +102,16 @@ def read_item(path: Path, kind: str) -> tuple[Tensor, Tensor]:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             data = _room(size)
-            count = file.readinto(data.numpy().data)
+            content = data.numpy().data
+            count = file.readinto(content)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}. Run precompute again.") from error
     names = _TENSORS[kind]
     try:
         if count != size or size < 8:
             raise ValueError(f"{count} of {size} bytes were read")
-        (length,) = struct.unpack("<Q", data[:8].numpy().tobytes())
-        entries = json.loads(data[8 : 8 + length].numpy().tobytes())
+        (length,) = struct.unpack_from("<Q", content)
+        entries = json.loads(bytes(content[8 : 8 + length]))
         first, second = (_view(data, 8 + length, entries[name]) for name in names)
     except (ValueError, KeyError, TypeError, RuntimeError, struct.error) as error:
         raise FormatError(f"{path}: is no {kind} item of a cache: {error}. {_REMEDY}") from error
@@ -172,6 +174,7 @@ def _view(data: Tensor, start: int, entry: Mapping[str, Any]) -> Tensor:
     return raw.view(dtype).view(entry["shape"])
 
 
+@cache
 def _dtypes() -> dict[str, torch.dtype]:
     import torch
 

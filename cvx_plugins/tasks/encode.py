@@ -61,7 +61,8 @@ class Encoder:
     def __call__(self, batch: Batch, draws: Draws) -> Features:
         """Return features of a batch; posterior and pixel noise are drawn row by row."""
         encoded, scale = self._encoded(batch, draws), self.scale
-        videos, images = draws.of("posterior"), draws.of("image-posterior")
+        videos = draws.of("posterior")
+        images = draws.of("image-posterior") if any(item.image for item in encoded) else videos
         latent = torch.stack(
             [scale * draw(item.video, g) for item, g in zip(encoded, videos, strict=True) if item.video]
         )
