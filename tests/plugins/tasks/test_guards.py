@@ -66,7 +66,10 @@ def test_what_comes_with_the_batch_is_not_blamed_on_a_module(tiny, launch, monke
         launch(tiny)
 
 
-def test_gradients_name_where_they_begin_on_the_way_back(tiny, launch, broken_at):
+@pytest.mark.parametrize("offload", [False, True])
+def test_gradients_name_where_they_begin_on_the_way_back(tiny, launch, broken_at, offload):
+    tiny["optimizer"]["offload"] = offload
+
     def how(_module, _args, output):
         output.register_hook(lambda gradient: gradient * float("nan"))
 
