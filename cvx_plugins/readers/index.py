@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,11 +203,22 @@ def _geometry(frame: Any, path: Path) -> tuple[int, int, int]:
         raise FormatError(
             f"{path}: no frame of its video stream can be decoded. Fetch it again or drop its row."
         )
+    if _is_mirrored(frame):
+        raise FormatError(f"{path}: is mirrored by its display matrix. {_REMUX.format(path=path)}")
     if frame.rotation % 90:
         raise FormatError(f"{path}: is rotated by {frame.rotation} degrees; only quarter turns are read.")
     rotation = frame.rotation % 360
     height, width = (frame.width, frame.height) if rotation % 180 else (frame.height, frame.width)
     return height, width, rotation
+
+
+def _is_mirrored(frame: Any) -> bool:
+    """Whether a frame is shown as in a mirror, which FFmpeg does not tell from a rotation."""
+    side = frame.side_data.get("DISPLAYMATRIX")
+    if side is None:
+        return False
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(side))
+    return bool(a * d - b * c < 0)
 
 
 def _order(packets: list[Packet], container: str) -> tuple[tuple[int, ...] | None, tuple[int, ...], bool]:

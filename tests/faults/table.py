@@ -108,6 +108,12 @@ OTHERS = (
     ),
     Row(
         "Clips and images",
+        "a mirrored clip",
+        "an error that says how to write it anew",
+        "tests/plugins/readers/test_readers.py::test_a_mirrored_clip_is_an_error",
+    ),
+    Row(
+        "Clips and images",
         "odd sizes, two files of the same bytes",
         "used; `inspect` names the first file of those bytes",
         "tests/io/test_inspection.py::test_each_clip_is_found_out",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import struct
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -222,3 +223,18 @@ def test_rotated_clips_are_turned_as_players_show_them(
     rows, columns = np.nonzero(frame.mean(-1) > 200)
     height, width = frame.shape[:2]
     assert (rows.mean() > height / 2, columns.mean() > width / 2) == corner
+
+
+@pytest.mark.parametrize("mirror", [(-1, 1), (1, -1)])
+def test_a_mirrored_clip_is_an_error(reader: Make, tmp_path: Path, mirror: tuple[int, int]) -> None:
+    """FFmpeg calls the first of them turned by half, so that it would be read upside down."""
+    data = bytearray(grey_clip(tmp_path / "mirrored.mp4", list(range(5))).read_bytes())
+    straight = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    x, y = mirror
+    shift = (0 if x > 0 else 64 << 16, 0 if y > 0 else 48 << 16)
+    turned = struct.pack(">9i", x << 16, 0, 0, 0, y << 16, 0, *shift, 1 << 30)
+    start = data.index(straight, data.index(b"tkhd"))
+    data[start : start + len(turned)] = turned
+    (tmp_path / "mirrored.mp4").write_bytes(data)
+    with pytest.raises(FormatError, match=r"mirrored.mp4: is mirrored by its display matrix.*Write it anew"):
+        reader("auto").open(tmp_path / "mirrored.mp4")
