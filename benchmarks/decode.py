@@ -14,11 +14,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import av
-import decord
 import numpy as np
 
 from benchmarks.harness import hardware, save_record, versions
@@ -48,6 +48,8 @@ def ours() -> Read:
 
 def with_decord(path: Path, indices: Sequence[int]) -> np.ndarray:
     """Read frames as decord's manual does."""
+    import decord  # here, for the other benchmarks do without
+
     found: np.ndarray = decord.VideoReader(str(path), num_threads=1).get_batch(indices).asnumpy()
     return found
 
@@ -134,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     record = {
         "command": shlex.join(["python", "-m", "benchmarks.decode", *sys.argv[1:]]),
         "hardware": {**hardware("cpu"), "threads": 1},
-        "versions": {**versions(), "av": av.__version__, "decord": decord.__version__},
+        "versions": {**versions(), "av": version("av"), "decord": version("decord")},
         "results": results,
         "ratios": ratios(results),
     }
