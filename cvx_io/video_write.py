@@ -42,7 +42,8 @@ def to_uint8(video: Tensor) -> np.ndarray:
 def write_mp4(
     path: Path, video: np.ndarray, fps: float, metadata: Mapping[str, Any] | None = None, crf: int = 17
 ) -> None:
-    """Write frames (F,H,W,3) uint8 as H.264, yuv420p; `metadata` is kept as JSON in the comment.
+    """Write frames (F,H,W,3) uint8 as H.264, yuv420p; `metadata` is kept as JSON in the comment. The same
+    frames make the same file.
 
     Raises ValueError for odd sizes, which 4:2:0 colour cannot hold, and for no frames.
     """
@@ -58,7 +59,8 @@ def write_mp4(
             container.metadata["comment"] = json.dumps(metadata, ensure_ascii=False)
         stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.options = {"crf": str(crf)}
+        # With mbtree the encoder's choices depend on what was decoded in this process before.
+        stream.options = {"crf": str(crf), "x264-params": "mbtree=0"}
         for pixels in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())

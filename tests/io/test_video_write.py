@@ -114,3 +114,14 @@ def test_a_video_with_bad_values_is_never_written(value: float) -> None:
     video[0, 1, 2, 2:] = value
     with pytest.raises(FormatError, match="2 of 96 values are not finite"):
         to_uint8(video)
+
+
+def test_the_same_frames_make_the_same_file_whatever_was_decoded_before(tmp_path):
+    video = np.random.default_rng(0).integers(0, 255, (9, 32, 32, 3), dtype=np.uint8)
+    files = set()
+    for _ in range(60):
+        write_mp4(tmp_path / "a.mp4", video, 8)
+        files.add((tmp_path / "a.mp4").read_bytes())
+        with av.open(str(tmp_path / "a.mp4")) as container:
+            assert len([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]) == 9
+    assert len(files) == 1

@@ -114,7 +114,8 @@ def test_every_quantity_is_a_figure_with_a_drawing_and_words(run):
 
 def test_nothing_is_fetched_and_what_is_inside_can_be_decoded(run, tmp_path):
     text = write_report(run).read_text(encoding="utf-8")
-    assert not re.findall(r"https?:|//[a-z]|@import|url\(|<script|<link|<iframe", text.split("<pre>")[0])
+    words = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text.split("<pre>")[0])  # two slashes are data there
+    assert not re.findall(r"https?:|//[a-z]|@import|url\(|<script|<link|<iframe", words)
     page = Page(text)
     sources = [
         v for _, attrs in page.tags for k, v in attrs.items() if k in ("src", "poster", "href", "data")
