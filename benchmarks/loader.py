@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,15 @@ def plain(folder: Path) -> Callable[[], None]:
             assert all(tensor.clone().numel() for tensor in load_file(path).values())
 
     return epoch
+
+
+def table(record: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the table in docs/benchmarks.md."""
+    rates = ("bytes_per_second", "bytes_per_cpu_second")
+    lines = ["| | GB/s | GB per CPU second |", "|---|---|---|"]
+    for name, found in record["settings"].items():
+        lines.append(f"| {name} | {' | '.join(f'{found[rate] / 1e9:.2f}' for rate in rates)} |")
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.harness import RESULTS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/benchmarks.md"
-RECORDS = {"memory": "memory-cpu", "decode": "decode-cpu", "overhead": "overhead-cpu"}
+RECORDS = {name: f"{name}-cpu" for name in ("loader", "memory", "decode", "overhead")}
 """{module with a `table`: its record}"""
 
 

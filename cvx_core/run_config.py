@@ -48,7 +48,7 @@ class LoaderConfig(Config):
     batch: Positive = 1
     """Rows per step and data rank (times task.accumulate)."""
     workers: NonNegative = 0
-    """Decoding processes; 0 decodes in the main process."""
+    """Decoding processes, or reading threads where features come from a cache; 0 does it in the main one."""
     shuffle: bool = True
     """Draw a new order every epoch, keyed by seed and epoch."""
     drop_last: bool = True

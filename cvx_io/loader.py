@@ -10,7 +10,9 @@ Rows are sorted into buckets; without any, all are in one. A step is of one buck
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +27,8 @@ from cvx_io.buckets import Bucket, Epoch, Fate, Sorting, lay_out
 from cvx_io.video import Item
 
 Decode = Callable[..., Item]
+AHEAD = 2
+"""Batches that each worker thread may be ahead."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Loader:
     is keyed by (seed, epoch, row id). batch: rows per batch on this rank, where there are no buckets;
     drop_last: leave out the rows that do not fill a batch on every rank (with shuffle, others in each epoch);
     otherwise the last batch, of every bucket, is smaller. workers: processes that decode ahead, whole batches
-    each; 0 decodes in this process. sorting: the buckets, and which of them the rows are offered to.
+    each, or threads where all rows come from a cache; 0 decodes in this process. sorting: the buckets, and
+    which of them the rows are offered to.
     Raises FormatError where the rows do not fill a single batch.
     """
 
@@ -138,18 +143,24 @@ class Loader:
         batches = self.batches(cursor.epoch) if cursor.epoch >= 0 else 0
         if not 0 <= cursor.index <= batches or cursor.epoch < 0:
             raise ValueError(f"{cursor} is outside an epoch of {batches} batches; it is from another loader")
-        places: DataLoader[Any] = DataLoader(
+        for place, result in self._results(_Places(self, cursor, epochs)):
+            if isinstance(result, CvxError):
+                raise result
+            yield self.following(place), result
+
+    def _results(self, places: _Places) -> Iterator[Any]:
+        """Yield (place, batch or error), read ahead by threads or, where something is decoded, processes."""
+        if self.workers and all(row.features is not None for row in self.rows):
+            return _in_threads(_Batches(self), places, self.workers)
+        found: DataLoader[Any] = DataLoader(
             _Batches(self),  # type: ignore[arg-type]  # a map from cursor to batch
             batch_size=None,
-            sampler=_Places(self, cursor, epochs),
+            sampler=places,
             num_workers=self.workers,
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # else the global one would be drawn from
         )
-        for place, result in _of_living(places):
-            if isinstance(result, CvxError):
-                raise result
-            yield self.following(place), result
+        return _of_living(found)
 
     def following(self, place: Cursor) -> Cursor:
         """Return the cursor after the batch at a cursor. An epoch without a batch is left out."""
@@ -211,7 +222,7 @@ class Loader:
             if len({number for number, _ in laid.batches}) > 1:  # else buckets would come one after another
                 laid = laid._replace(batches=self._mixed(laid, order, epoch))
             for old in list(self._epochs)[:-1]:
-                del self._epochs[old]
+                self._epochs.pop(old, None)  # another thread may have done it
             self._epochs[epoch] = laid
         return self._epochs[epoch]
 
@@ -238,6 +249,25 @@ class Loader:
             return row.captions[0] if row.captions else ""
         generator = keyed(self.seed, "caption", epoch, row.id)
         return row.captions[int(torch.randint(len(row.captions), (), generator=generator))]
+
+
+def _in_threads(batches: _Batches, places: Iterable[Cursor], workers: int) -> Iterator[Any]:
+    """Yield batches in order, `AHEAD` per worker being read meanwhile.
+
+    For rows from a cache: reading lets other threads run, and what a process reads would have to be handed
+    on through shared memory, whose small pages cost several times the read.
+    """
+    waiting: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for place in places:
+                waiting.append(pool.submit(batches.__getitem__, place))
+                if len(waiting) > AHEAD * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _of_living(places: Iterable[Any]) -> Iterator[Any]:

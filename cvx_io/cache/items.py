@@ -98,10 +98,12 @@ def read_item(path: Path, kind: str) -> tuple[Tensor, Tensor]:
 
     Its digest is not compared; `check_item` does.
     """
+    import torch
+
     try:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            data = _room(size)
+            data = torch.empty(size, dtype=torch.uint8)
             content = data.numpy().data
             count = file.readinto(content)
     except OSError as error:
@@ -149,17 +151,6 @@ def _digest(tensors: Any) -> str:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _room(size: int) -> Tensor:
-    """Return bytes to read into; in a loader's worker such that they can be handed on without a copy."""
-    import torch
-    from torch.utils.data import get_worker_info
-
-    if get_worker_info() is None:
-        return torch.empty(size, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(size)
-    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 def _view(data: Tensor, start: int, entry: Mapping[str, Any]) -> Tensor:

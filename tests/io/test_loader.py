@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,21 @@ def test_workers_change_nothing(drop_last: bool) -> None:
     alone = take(Loader(make_rows(5, captions=2), noise, **settings_), 7, Cursor(0, 1))
     helped = take(Loader(make_rows(5, captions=2), noise, **settings_, workers=2), 7, Cursor(0, 1))
     assert same(alone, helped)
+    cached = [replace(row, features=noise) for row in make_rows(5, captions=2)]
+    read, ahead = (take(Loader(cached, noise, **settings_, workers=n), 7, Cursor(0, 1)) for n in (0, 2))
+    assert same(read, ahead)
+
+
+def test_rows_from_a_cache_are_read_in_this_process() -> None:
+    def where(row: Row, generator: torch.Generator) -> Item:
+        return Item(torch.full((3, 1, 2, 2), float(os.getpid())))
+
+    rows = [replace(row, features=where) for row in make_rows(4)]
+    loader = Loader(rows, where, batch=2, workers=2)
+    found = [batch for _, batch in loader.iterate(epochs=20)]
+    assert len(found) == 40
+    assert {float(batch.video[0, 0, 0, 0, 0]) for batch in found} == {float(os.getpid())}
+    list(itertools.islice(loader.iterate(), 3))  # what is not asked for any more ends with it
 
 
 def test_the_loader_leaves_the_global_generator_alone() -> None:
@@ -198,6 +215,9 @@ def short(row: Row, generator: torch.Generator) -> Item:
 def test_errors_of_decoding_keep_type_and_text(workers: int) -> None:
     with pytest.raises(ClipTooShort) as error:
         take(Loader(make_rows(2), short, shuffle=False, workers=workers), 1)
+    cached = [replace(row, features=short) for row in make_rows(2)]
+    with pytest.raises(ClipTooShort):
+        take(Loader(cached, short, shuffle=False, workers=workers), 1)
     assert str(error.value) == "row 'r0': a.mp4 has 3 frames"
 
 
