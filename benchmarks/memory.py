@@ -1,9 +1,9 @@
 """Peak memory of a training step by switch: python -m benchmarks.memory [--device cuda] [--only TEXT].
 
 Features come as from a cache, so there is no encoder. On an accelerator the models have their released sizes
-and clips 49 x 480 x 720; figures are the allocator's. On the CPU they are reduced, and the figure is resident
-memory; each setting has a process of its own. Beside them, what the plan task predicts, and at released size
-whether it keeps within a limit.
+and clips 49 x 480 x 720; figures are the allocator's, and so is whether a setting keeps within its limit. On
+the CPU they are reduced, and the figure is resident memory; each setting has a process of its own. Beside
+them, what the plan task predicts, which alone speaks of released sizes there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import resource
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,14 +25,17 @@ import torch
 import yaml
 
 from benchmarks.harness import RESULTS, hardware, save_record, versions
+from cvx_core import device as devices
+from cvx_core import placing
 from cvx_core.building import build
-from cvx_core.interfaces import Features, ParamGroup, Parts
+from cvx_core.interfaces import Condition, Features, ParamGroup, Parts
 from cvx_core.placing import place
 from cvx_core.random import Draws, keyed
 from cvx_core.recipe import parse
 from cvx_core.spec import Spec, resolve
 from cvx_parallel.gradients import clip
 from cvx_plugins.plan.figures import planned
+from cvx_plugins.plan.live import dropped_gradients
 from cvx_plugins.plan.passes import Sample
 from cvx_plugins.tasks.train import diffusion_loss
 
@@ -98,37 +103,77 @@ def predicted(setting: Setting, device: str, reduced: bool) -> dict[str, int]:
     return {name: getattr(stage, name) for name in names}
 
 
-def measure(setting: Setting, device: str, reduced: bool) -> dict[str, int | None]:
-    """Train some steps in this process; return peaks in bytes.
+def measure(setting: Setting, device: str, reduced: bool) -> dict[str, Any]:
+    """Train some steps in this process; return peaks in bytes, and the seconds of the last step.
 
     Resident memory is what comes on top of this process before the model is made.
     """
-    torch.set_num_threads(1)
+    if device == "cpu":
+        torch.set_num_threads(1)
     spec = resolve(parse(setting.recipe(device, reduced)))
     before = _resident()
-    train(place(build(spec), spec), spec)
+    with weights_of_no_use(device):
+        parts = place(build(spec), spec)
+    seconds = train(parts, spec)
     if device == "cpu":
-        return {"allocated": None, "reserved": None, "resident": _resident() - before}
-    torch.accelerator.synchronize()
-    return {
+        return {"resident": _resident() - before}
+    found = {
         "allocated": int(torch.accelerator.max_memory_allocated()),
         "reserved": int(torch.accelerator.max_memory_reserved()),
-        "resident": None,
+        "step_s": seconds,
     }
+    return {**found, "activations": activations(parts, spec)}
 
 
-def train(parts: Parts, spec: Spec) -> None:
-    """Do some training steps on random features."""
+@contextmanager
+def weights_of_no_use(device: str) -> Iterator[None]:
+    """Within, weights on an accelerator are drawn there: by name, billions of them take the CPU minutes."""
+
+    def draw(module: torch.nn.Module, *_rest: Any, **_options: Any) -> None:
+        with torch.no_grad():
+            for param in module.parameters():
+                param.normal_(0, 0.02)
+
+    usual = placing.initialise
+    placing.initialise = draw if device != "cpu" else usual
+    try:
+        yield
+    finally:
+        placing.initialise = usual
+
+
+def train(parts: Parts, spec: Spec) -> float:
+    """Do some training steps on random features; return the seconds of the last one."""
     assert parts.make_optimizer is not None
     named = [(name, p) for name, p in parts.trained.named_parameters() if name in parts.trainable]
     optimizer = parts.make_optimizer([ParamGroup(named, {})])
+    with_gradient = getattr(optimizer, "with_gradient", lambda param: param)
     parts.predictor.train()
+    began = time.perf_counter()
     for number in range(STEPS):
-        draws = Draws(0, number, (0,), 0, 1)
-        diffusion_loss(parts, _features(parts, spec), draws)
-        clip([p for _, p in named], 1.0, parts.mesh)
+        began = time.perf_counter()
+        diffusion_loss(parts, _features(parts, spec), Draws(0, number, (0,), 0, 1))
+        clip([with_gradient(p) for _, p in named], 1.0, parts.mesh)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        devices.synchronize(parts.device)
+    return time.perf_counter() - began
+
+
+def activations(parts: Parts, spec: Spec) -> dict[str, int]:
+    """Return what an accelerator holds for activations, bytes: between both passes, and at most."""
+    torch.accelerator.reset_peak_memory_stats()
+    features = _features(parts, spec)
+    timestep = torch.tensor([500], device=parts.device)
+    target = torch.zeros_like(features.latent, dtype=torch.float32)
+    before = torch.accelerator.memory_allocated()
+    with dropped_gradients(parts.predictor):
+        prediction = parts.predictor(features.latent, timestep, Condition(*features[1:]))
+        loss = torch.nn.functional.mse_loss(prediction.float(), target)
+        del prediction
+        kept = torch.accelerator.memory_allocated() - before
+        loss.backward()
+    return {"kept": int(kept), "peak": int(torch.accelerator.max_memory_allocated() - before)}
 
 
 def _features(parts: Parts, spec: Spec) -> Features:
@@ -145,7 +190,7 @@ def _resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def measured_apart(name: str, device: str, reduced: bool) -> dict[str, int | None]:
+def measured_apart(name: str, device: str, reduced: bool) -> dict[str, Any]:
     """Measure in a process of its own, whose C library returns larger blocks at once: resident means live."""
     command = [sys.executable, "-m", "benchmarks.memory", "--device", device, "--measure", name]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -153,42 +198,66 @@ def measured_apart(name: str, device: str, reduced: bool) -> dict[str, int | Non
     done = subprocess.run(
         command, cwd=RESULTS.parents[1], env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
-    found: dict[str, int | None] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def run(name: str, device: str, reduced: bool) -> dict[str, Any]:
     """Measure a setting and plan it; at released size too where it is measured reduced."""
     setting = SETTINGS[name]
-    released = predicted(setting, device, False)
+    plan = predicted(setting, device, reduced)
+    released = predicted(setting, device, False) if reduced else plan
     shows = device != "cpu" or not setting.offloads
+    measured = measured_apart(name, device, reduced) if shows else None
+    peak = released["peak"] if reduced or measured is None else measured["reserved"]
     return {
-        "measured": measured_apart(name, device, reduced) if shows else None,
-        "predicted": predicted(setting, device, reduced),
+        "measured": measured,
+        "predicted": plan,
         "released": released,
         "limit_gb": setting.limit,
-        "within": None if setting.limit is None else released["peak"] <= setting.limit * 1e9,
+        "within": None if setting.limit is None else peak <= setting.limit * 1e9,
     }
 
 
 def table(record: Mapping[str, Any]) -> list[str]:
     """Return the lines of the table in docs/benchmarks.md."""
+    return _reduced_table(record) if record["reduced"] else _released_table(record)
+
+
+def _reduced_table(record: Mapping[str, Any]) -> list[str]:
     lines = [
         "| | measured, MB | plan says, MB | at released size plan says, GB | limit |",
         "|---|---|---|---|---|",
     ]
     for name, found in record["settings"].items():
-        seen, size = found["measured"], "-"
-        if seen is not None and seen["resident"] is not None:
-            size = f"{seen['resident'] / 1e6:.0f}"
-        elif seen is not None:
-            size = f"{seen['allocated'] / 1e6:.0f}, {seen['reserved'] / 1e6:.0f} reserved"
-        limit = ""
-        if found["limit_gb"] is not None:
-            limit = f"{found['limit_gb']:g}, {'kept' if found['within'] else 'missed'}"
+        seen = found["measured"]
+        size = "-" if seen is None else f"{seen.get('resident', seen.get('allocated')) / 1e6:.0f}"
         peaks = f"{found['predicted']['peak'] / 1e6:.0f} | {found['released']['peak'] / 1e9:.2f}"
-        lines.append(f"| {name} | {size} | {peaks} | {limit} |")
+        lines.append(f"| {name} | {size} | {peaks} | {_limit(found)} |")
     return lines
+
+
+def _released_table(record: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "| | allocated, GB | reserved, GB | plan says | activations | plan says | s a step | limit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in record["settings"].items():
+        seen, plan = found["measured"], found["predicted"]
+        pairs = (
+            (seen["allocated"], seen["reserved"], plan["peak"]),
+            (seen["activations"]["peak"], plan["activations"]),
+        )
+        cells = " | ".join(f"{size / 1e9:.2f}" for pair in pairs for size in pair)
+        lines.append(f"| {name} | {cells} | {seen['step_s']:.1f} | {_limit(found)} |")
+    return lines
+
+
+def _limit(found: Mapping[str, Any]) -> str:
+    """Return the cell that says whether a limit is kept."""
+    if found["limit_gb"] is None:
+        return ""
+    return f"{found['limit_gb']:g}, {'kept' if found['within'] else 'missed'}"
 
 
 def main(arguments: list[str] | None = None) -> int:
