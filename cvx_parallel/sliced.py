@@ -13,14 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from cvx_core.errors import CvxError
 from cvx_core.interfaces import ParamGroup
-from cvx_core.mesh import AXES, JOINED, Mesh
-from cvx_parallel.data_parallel import BUCKET
-from cvx_parallel.optimizer_state import contiguous, load_exactly, whole_shape
+from cvx_core.mesh import Mesh
+from cvx_parallel.gradients import BUCKET
+from cvx_parallel.layouts import Layouts, is_part
+from cvx_parallel.optimizer_state import load_exactly
 
 Make = Callable[[Sequence[ParamGroup]], torch.optim.Optimizer]
 
@@ -49,6 +49,13 @@ class Slice:
         place = self.place if place is None else place
         return held.narrow(0, self.starts[place], self.starts[place + 1] - self.starts[place])
 
+    def gradient(self) -> Tensor | None:
+        """Return this rank's rows of the parameter's gradient, which may be all that there is of it here."""
+        gradient = self.param.grad
+        if gradient is None:
+            return None
+        return held(gradient) if is_part(gradient, self.axis) else self.of(held(gradient))
+
 
 class Sliced(torch.optim.Optimizer):
     """An optimizer of parameters that other ranks hold too; inside, one of this rank's rows of them.
@@ -72,7 +79,7 @@ class Sliced(torch.optim.Optimizer):
             {**group, "params": [self._by_rows[rows].param for rows in group["params"]]}
             for group in self._inner.param_groups
         ]
-        self._layouts: dict[tuple[str, ...], DeviceMesh] = {}
+        self._layouts = Layouts(mesh)
         super().__init__(outer, self._inner.defaults)
 
     @torch.no_grad()
@@ -83,7 +90,7 @@ class Sliced(torch.optim.Optimizer):
             inner.update({key: value for key, value in group.items() if key != "params"})
         for part in self._slices:
             part.rows.data = part.of(held(part.param))  # the memory may be another one since the last step
-            part.rows.grad = part.of(held(part.param.grad)) if part.param.grad is not None else None
+            part.rows.grad = part.gradient()
             if part.param in self.state:
                 self._inner.state[part.rows] = self.state[part.param]
         self._inner.step()
@@ -117,17 +124,8 @@ class Sliced(torch.optim.Optimizer):
             yield by_param[params[number]], state[number]
 
     def _whole(self, part: Slice, value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.ndim:
-            return value
-        dims = [*_sharded(part.param), (part.axis, Shard(0))]
-        dims = [(axis, placement) for axis, placement in dims if self._mesh.size(axis) > 1]
-        axes = tuple(axis for axis, _ in dims)
-        if axes not in self._layouts:
-            self._layouts[axes] = ordered(self._mesh, axes)
-        layout, shape = self._layouts[axes], whole_shape(part.param, value)
-        stride = part.param.stride() if shape == part.param.shape else contiguous(shape)
-        placements = [placement for _, placement in dims]
-        return DTensor.from_local(value, layout, placements, run_check=False, shape=shape, stride=stride)
+        has_rows = isinstance(value, Tensor) and value.ndim
+        return self._layouts.part(part.param, part.axis, value) if has_rows else value
 
     def _checked(self, part: Slice) -> dict[str, Any]:
         state: dict[str, Any] = self._inner.state[part.rows]
@@ -135,7 +133,7 @@ class Sliced(torch.optim.Optimizer):
             if isinstance(value, Tensor) and value.ndim and not _goes_by_rows(value, part.rows):
                 raise CvxError(
                     f"the optimizer keeps {key!r} of shape {list(value.shape)} for {list(part.rows.shape)} "
-                    f"rows of {part.name!r}, which cannot be shared out by rows. Use zero2, or adamw."
+                    f"rows of {part.name!r}, which cannot be shared out by rows. Use zero3, or adamw."
                 )
         return state
 
@@ -197,32 +195,6 @@ def held(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor, without history."""
     local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.detach()
-
-
-def _sharded(param: Tensor) -> list[tuple[str, Shard]]:
-    """Return the axes along which a parameter is sharded, those that divide it first coming first.
-
-    FSDP divides what tp has left, but its dim of the mesh is the outer one, so it says strided.
-    """
-    if not isinstance(param, DTensor):
-        return []
-    names = param.device_mesh.mesh_dim_names
-    assert names is not None
-    dims = [(name, p) for name, p in zip(names, param.placements, strict=True) if not p.is_replicate()]
-    dims.sort(key=lambda dim: hasattr(dim[1], "split_factor"))
-    return [(name, Shard(placement.dim)) for name, placement in dims]  # type: ignore[attr-defined]
-
-
-def ordered(mesh: Mesh, axes: Sequence[str]) -> DeviceMesh:
-    """Return torch's mesh over axes in any order, on the groups there are."""
-    inside = [name for axis in axes for name in JOINED.get(axis, (axis,))]
-    outside = [name for name in AXES if name not in inside]
-    world = torch.arange(mesh.degrees.world).reshape([mesh.size(axis) for axis in AXES])
-    mine = world.permute([AXES.index(name) for name in (*outside, *inside)])
-    mine = mine[tuple(mesh.place(name) for name in outside)].reshape([mesh.size(axis) for axis in axes])
-    groups: Any = [mesh.along(axis).get_group() for axis in axes]
-    kind = mesh.along(axes[0]).device_type
-    return DeviceMesh.from_group(groups, kind, mesh=mine.contiguous(), mesh_dim_names=tuple(axes))
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

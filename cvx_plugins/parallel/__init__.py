@@ -35,8 +35,19 @@ class DataConfig(StrategyConfig):
         return {"dp_shard": 1, "dp_replicate": None if self.size == "auto" else self.size}
 
 
-class ShardConfig(DataConfig):
-    """Data parallel with parameters, gradients or optimizer state shared out among the ranks (ZeRO)."""
+class Zero2Config(DataConfig):
+    """Data parallel with gradients and optimizer state shared out among the ranks (ZeRO)."""
+
+    reduce_dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision in which gradients are summed; null: that of the parameters."""
+
+    def check(self, spec: Spec) -> Iterable[Problem]:
+        """Yield why there are no gradients."""
+        yield from layerzero_config.needs_training(spec, "gradients")
+
+
+class Zero3Config(DataConfig):
+    """Data parallel with parameters, gradients and optimizer state shared out among the ranks (ZeRO)."""
 
     reduce_dtype: Literal["float32", "bfloat16"] | None = None
     """Precision in which gradients are summed; null: that of the parameters."""
@@ -45,14 +56,6 @@ class ShardConfig(DataConfig):
 
     def degrees(self) -> Mapping[str, int | None]:
         return {"dp_replicate": 1, "dp_shard": None if self.size == "auto" else self.size}
-
-
-class Zero2Config(ShardConfig):
-    """Data parallel with gradients and optimizer state shared out; parameters are whole for a step."""
-
-    def check(self, spec: Spec) -> Iterable[Problem]:
-        """Yield why there are no gradients."""
-        yield from layerzero_config.needs_training(spec, "gradients")
 
 
 @hookimpl
@@ -64,7 +67,7 @@ def cvx_components() -> Iterable[Component]:
     yield Component(
         "strategy", "zero2", Zero2Config, f"{target}zero2", summary="gradients and optimizer state sharded"
     )
-    yield Component("strategy", "zero3", ShardConfig, f"{target}zero3", summary="parameters sharded too")
+    yield Component("strategy", "zero3", Zero3Config, f"{target}zero3", summary="parameters sharded too")
     yield from cp_config.components()
     yield from tp_config.components()
     yield from pp_config.components()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from cvx_core.interfaces import Deps, Parts
 from cvx_core.spec import Spec
 from cvx_core.strategy import Stage
-from cvx_parallel.data_parallel import Averaging
+from cvx_parallel.averaging import Averaging
 from cvx_parallel.ring import Ring
 from cvx_parallel.tensor import matching
 from cvx_parallel.tokens import Context, Slot

@@ -1,4 +1,4 @@
-"""ddp, zero2 and zero3: the data axis, on torch's own engines."""
+"""ddp, zero2 and zero3: ranks that read different rows, and share more and more of what they hold."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cvx_core.interfaces import Parts
-from cvx_parallel.data_parallel import Averaging, shard
-from cvx_plugins.parallel import DataConfig, ShardConfig
+from cvx_parallel.averaging import Averaging
+from cvx_parallel.data_parallel import shard
+from cvx_parallel.scattering import Scattering
+from cvx_parallel.sliced import sliced
+from cvx_plugins.parallel import DataConfig, Zero2Config, Zero3Config
 
 
 class DDP:
@@ -28,23 +31,36 @@ class DDP:
         return replace(parts, before_update=averaging.before)
 
 
-class Zero:
-    """Parameters, gradients and optimizer state in shards; zero2 keeps parameters whole between passes."""
+class Zero2:
+    """Every rank holds parameters; of gradients it keeps some rows of each, and updates those."""
 
-    def __init__(self, cfg: ShardConfig, reshard: bool):
-        self.cfg, self.reshard = cfg, reshard
+    def __init__(self, cfg: Zero2Config):
+        self.cfg = cfg
+
+    def apply(self, parts: Parts) -> Parts:
+        if parts.mesh.size("loss") == 1:
+            return parts
+        scattering = Scattering(parts.trained, parts.mesh, _dtype(self.cfg.reduce_dtype))
+        assert parts.make_optimizer is not None
+        make = sliced(parts.make_optimizer, parts.mesh)
+        return replace(parts, before_update=scattering.before, make_optimizer=make)
+
+
+class Zero3:
+    """Parameters, gradients and optimizer state in shards."""
+
+    def __init__(self, cfg: Zero3Config):
+        self.cfg = cfg
 
     def apply(self, parts: Parts) -> Parts:
         if parts.mesh.size("fsdp") == 1:
             return parts
-        reduce = getattr(torch, self.cfg.reduce_dtype) if self.cfg.reduce_dtype else None
         module = parts.trained if parts.trained is not None else parts.predictor
         before = shard(
             module,
             list(getattr(module, "blocks", {}).values()),
             parts.mesh.along("fsdp"),
-            reshard_after_forward=self.reshard,
-            policy=MixedPrecisionPolicy(reduce_dtype=reduce),
+            policy=MixedPrecisionPolicy(reduce_dtype=_dtype(self.cfg.reduce_dtype)),
             prefetch=self.cfg.prefetch,
             methods=parts.methods,
         )
@@ -56,11 +72,15 @@ def ddp(cfg: DataConfig, _deps: Any) -> DDP:
     return DDP(cfg)
 
 
-def zero2(cfg: ShardConfig, _deps: Any) -> Zero:
+def zero2(cfg: Zero2Config, _deps: Any) -> Zero2:
     """Build the strategy."""
-    return Zero(cfg, reshard=False)
+    return Zero2(cfg)
 
 
-def zero3(cfg: ShardConfig, _deps: Any) -> Zero:
+def zero3(cfg: Zero3Config, _deps: Any) -> Zero3:
     """Build the strategy."""
-    return Zero(cfg, reshard=True)
+    return Zero3(cfg)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return getattr(torch, name) if name is not None else None

@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cvx_core.interfaces import Parts
-from cvx_parallel.data_parallel import Averaging, shard
+from cvx_parallel.averaging import Averaging
+from cvx_parallel.data_parallel import shard
 from cvx_parallel.sliced import sliced
 from cvx_plugins.parallel.layerzero_config import LayerZeroConfig, Zero1Config
 
@@ -49,7 +50,6 @@ class LayerZero:
             parts.trained,
             parts.blocks,
             mesh.along("dp_replicate", "fsdp") if mesh.size("dp_replicate") > 1 else inside,
-            reshard_after_forward=True,
             policy=MixedPrecisionPolicy(
                 _dtype(self.cfg.param_dtype), _dtype(self.cfg.reduce_dtype), cast_forward_inputs=False
             ),

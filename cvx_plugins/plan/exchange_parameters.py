@@ -14,9 +14,15 @@ from cvx_plugins.plan.member import Member, Sent
 
 def of_gradients(member: Member) -> Iterator[Sent]:
     """Yield what averaging takes where FSDP does not do it, and updates of rows if ranks have some each."""
-    names = [name for name in member.trained if not member.layout.is_sharded(name)]
+    layout = member.layout
+    names = [name for name in member.trained if not layout.is_sharded(name)]
     size = sum(member.count(name) for name in names) * member.wide
-    yield Sent("all_reduce", "loss", size)
+    if "zero2" in layout.strategies:  # as many rows for each rank
+        each = _reduced_bytes(member, member.wide)
+        shapes = (layout.unsharded(name, member.rank) for name in names)
+        yield Sent("reduce_scatter", "loss", sum(padded(s, member.size("loss")) for s in shapes) * each)
+    else:
+        yield Sent("all_reduce", "loss", size)
     if member.slices:
         yield Sent("broadcast", "loss", size)
 
@@ -24,7 +30,7 @@ def of_gradients(member: Member) -> Iterator[Sent]:
 def of_shards(member: Member) -> Iterator[Sent]:
     """Yield what FSDP takes. Its shares are equal, so that a whole one is as long as all of them.
 
-    Parameters are gathered for each forward and each backward pass, or once where they are kept.
+    Parameters are gathered for each forward and each backward pass, or once a batch where they are kept.
     """
     layout, ranks = member.layout, member.size("fsdp")
     count = {
@@ -33,13 +39,11 @@ def of_shards(member: Member) -> Iterator[Sent]:
         if layout.is_sharded(name)
     }
     passes = 2 * member.calls
-    if "zero2" in layout.strategies:
-        passes = 1
-    elif member.splits_passes:
+    if member.splits_passes:
         passes = member.batches
     yield Sent("all_gather", "fsdp", passes * sum(count.values()) * member.each)
     trained = [name for name in member.trained if name in count]
-    reduced = sum(count[name] for name in trained) * _reduced_bytes(member)
+    reduced = sum(count[name] for name in trained) * _reduced_bytes(member, member.each)
     yield Sent("reduce_scatter", "fsdp", reduced)
     if member.slices:
         yield Sent("all_reduce", "dp_replicate", reduced // ranks)
@@ -51,18 +55,19 @@ def padded(shape: tuple[int, ...], ranks: int) -> int:
     return -(-shape[0] // ranks) * ranks * math.prod(shape[1:])
 
 
-def _reduced_bytes(member: Member) -> int:
-    """Return the bytes of an element of gradients that FSDP sums."""
+def _reduced_bytes(member: Member, usual: int) -> int:
+    """Return the bytes of an element of gradients that are summed and shared out."""
     stated = [member.option(name, "reduce_dtype") for name in ("zero2", "zero3", "layerzero")]
-    return next((getattr(torch, name).itemsize for name in stated if name is not None), member.each)
+    return next((getattr(torch, name).itemsize for name in stated if name is not None), usual)
 
 
 def of_parts(member: Member) -> Iterator[Sent]:
     """Yield what tp takes for parameters: gradients that ranks have parts of, and rows of shared heads."""
     if member.size("tp") == 1:
         return
-    held = (member.layout.held(name, member.rank).bytes for name in member.trained if _is_part(member, name))
-    yield Sent("all_reduce", "tp", sum(held))
+    layout = member.layout
+    held = [layout.held(name, member.rank) for name in member.trained if _is_part(member, name)]
+    yield Sent("all_reduce", "tp", sum(map(layout.gradient_bytes, held)))
     for name in member.names:
         if member.layout.is_tp(name) and member.is_inside_attention(name):
             yield Sent("all_to_all", "tp", _rows_moved(member, name))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cvx_core.spec import Spec
+from cvx_parallel.gradients import BUCKET
 from cvx_parallel.pipeline import actions
 from cvx_plugins.plan.exchange import moved
 from cvx_plugins.plan.layout import KNOWN, Layout
@@ -45,12 +46,13 @@ class Weights:
     """Bytes of a stage's parameters before FSDP cuts them. units: of each block, the rest last.
 
     gathered: those that FSDP shares out, in the precision of the computation; trained: gradients of all that
-    is trained, ignored: of those among them that FSDP leaves alone.
+    is trained, largest: of one of them, ignored: of those among them that FSDP leaves alone.
     """
 
     units: tuple[int, ...]
     gathered: int
     trained: int
+    largest: int
     ignored: int
     trained_units: tuple[int, ...]
 
@@ -147,20 +149,23 @@ def weights_of(passes: Passes, place: int) -> Weights:
         units=tuple(units.values()),
         gathered=sum(units.values()),
         trained=sum(count[name] for name in trained) * wide,
+        largest=max((count[name] for name in trained), default=0) * wide,
         ignored=sum(count[name] for name in trained if not layout.is_sharded(name)) * wide,
         trained_units=tuple(trained_units.values()),
     )
 
 
 def _gathered(layout: Layout, weights: Weights, batches: int) -> int:
-    """Return what FSDP holds besides a rank's own share: units as a whole, and gradients before they are cut.
+    """Return what is held besides a rank's own share: units as a whole, and gradients before they are cut.
 
     A unit that is gathered takes its memory twice for a moment, and so does a gradient that is cut up.
     """
+    if "zero2" in layout.strategies and layout.size("loss") > 1:
+        return _scattered(weights, batches)
     if not weights.units or layout.size("fsdp") == 1:
         return 0
     largest = max(weights.units)
-    if "zero2" in layout.strategies or getattr(layout.strategies.get("pp"), "schedule", "") == "zero-bubble":
+    if getattr(layout.strategies.get("pp"), "schedule", "") == "zero-bubble":
         parameters = weights.gathered + largest
     else:
         config = layout.strategies.get("zero3") or layout.strategies.get("layerzero")
@@ -170,6 +175,14 @@ def _gathered(layout: Layout, weights: Weights, batches: int) -> int:
     if batches > 1:  # until the last batch, gradients are added up whole
         gradients = weights.trained - weights.ignored + max(weights.trained_units)
     return parameters + gradients
+
+
+def _scattered(weights: Weights, batches: int) -> int:
+    """Return what zero2 holds of gradients besides a rank's rows: a bucket that is filled and two on their
+    way, and all of them whole until the last batch.
+    """
+    bucket = min(weights.trained, BUCKET + weights.largest)
+    return 3 * bucket + (weights.trained if batches > 1 else 0)
 
 
 def _activations(passes: Passes, place: int, microbatches: int, rows: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """What each rank holds of a predictor's parameters, gradients and optimizer state; arithmetic on shapes.
 
 Nothing is placed. The rules are those of the strategies: stages of whole blocks, tensor-parallel chunks of a
-dim, FSDP's chunks of what that leaves along dim 0, and for zero1 and layerzero rows of what is held.
+dim, FSDP's chunks of what that leaves along dim 0, and for zero1, zero2 and layerzero rows of what is held.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from cvx_core.spec import DEFAULTS, Spec
 from cvx_parallel.tensor import matching
 
 Shape = tuple[int, ...]
-SHARDED = ("zero2", "zero3", "layerzero")
+SHARDED = ("zero3", "layerzero")
 """Strategies that share out parameters along `fsdp`."""
-ROWS = ("zero1", "layerzero")
+ROWS = ("zero1", "zero2", "layerzero")
 """Strategies whose optimizer works on rows of what is held."""
 KNOWN = (
     *SHARDED,
@@ -149,12 +149,16 @@ class Layout:
         held = self.all_held(rank).values()
         trained = [part for part in held if part.rows is not None]
         state = sum(self._optimizer_bytes(part.rows) for part in trained if part.rows is not None)
-        gradients = [part.bytes for part in trained]
+        gradients = [self.gradient_bytes(part) for part in trained]
         choice = self.spec.choices.get("optimizer")
-        leave = (
-            choice is not None and getattr(choice.config, "offload", False) is True
-        )  # one is there at a time
-        return sum(part.bytes for part in held), max(gradients, default=0) if leave else sum(gradients), state
+        if choice is not None and getattr(choice.config, "offload", False) is True:
+            gradients = [max(gradients, default=0)]  # there is one at a time
+        return sum(part.bytes for part in held), sum(gradients), state
+
+    def gradient_bytes(self, part: Held) -> int:
+        """Return the bytes of a trained parameter's gradient that a rank keeps."""
+        shape = part.rows if "zero2" in self.strategies and part.rows is not None else part.shape
+        return math.prod(shape) * part.bytes_each
 
     def first_of(self, place: int) -> int:
         """Return the rank that has the most of a place along pp: the first along every other axis."""

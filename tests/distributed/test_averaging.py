@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cvx_parallel import data_parallel
-from cvx_parallel.data_parallel import Averaging
+from cvx_parallel import averaging as mechanism
+from cvx_parallel.averaging import Averaging
 from tests.distributed.harness import on_ranks
 
 
@@ -41,7 +41,7 @@ class Mixed(nn.Module):
 
 def averaged() -> dict[str, Any]:
     """Take steps of two batches; return gradients of each as they are, and what they are to be."""
-    data_parallel.BUCKET = 200
+    mechanism.BUCKET = 200
     rank, world = dist.get_rank(), dist.get_world_size()
     module, alone = Mixed(), Mixed()
     averaging = Averaging(module, dist.group.WORLD)

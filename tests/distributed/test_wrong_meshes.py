@@ -76,7 +76,7 @@ WRONG = {
     "zero and layerzero": (
         ["layerzero, zero3_size: 2", "tp, size: 2", "zero2"],
         2,
-        "'zero2' and 'layerzero' both own axis dp_replicate. Keep one.",
+        "'zero2' and 'layerzero' both own axis dp_shard. Keep one.",
     ),
     "the same twice": (["ddp, size: 2", "tp", "ddp, size: 2"], 2, "'ddp' is given twice. Keep one."),
     "the same twice without an axis": (

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from cvx_core.building import build
 from cvx_core.interfaces import Deps, ParamGroup
 from cvx_core.placing import place
 from cvx_core.recipe import parse
 from cvx_core.spec import resolve
+from cvx_parallel.layouts import is_part
 from cvx_parallel.sliced import held, state_bytes
 from cvx_plugins.plan.layout import Layout
 from tests.distributed.harness import on_ranks
@@ -52,8 +54,14 @@ def _held(recipe: str) -> tuple[int, int, int]:
     parts = place(build(spec), spec)
     named = [(name, p) for name, p in parts.predictor.named_parameters() if name in parts.trainable]
     optimizer = parts.make_optimizer([ParamGroup(named, {})])
+    parts.before_update(True)
+    here = [param for _, param in named if not is_part(param, "fsdp")]
+    if here:
+        sum(
+            param.to_local().sum() if isinstance(param, DTensor) else param.sum() for param in here
+        ).backward()
     for _, param in named:
-        param.grad = torch.zeros_like(param)
+        param.grad = param.grad if param.grad is not None else torch.zeros_like(param)
     optimizer.step()
     params = sum(held(p).nbytes for p in parts.predictor.parameters())
     return params, sum(held(p.grad).nbytes for _, p in named), state_bytes(optimizer)
