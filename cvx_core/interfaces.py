@@ -280,7 +280,11 @@ class Clip(Protocol):
 
 
 class Reader(Protocol):
-    """Opens video files."""
+    """Opens video files.
+
+    One that shows damaged frames as its library makes them up has `check(path)`, which raises FormatError
+    where there are any; it decodes the whole file.
+    """
 
     def open(self, path: Path) -> Clip: ...
 

@@ -46,6 +46,8 @@ def decode(row: Row, reader: Reader) -> Decoded:
     if is_still(path):
         pixels = read_still(path)
         return Decoded(Facts(1, 1, *pixels.shape[:2]), _digest(path), _thumbnail(pixels))
+    if hasattr(reader, "check"):
+        reader.check(path)
     with closing(reader.open(path)) as clip:
         count, middle = clip.num_frames, b""
         for first in range(0, count, AT_ONCE):

@@ -12,8 +12,10 @@ from cvx_core.config import NonNegative
 class ReaderConfig(Config):
     """Fields of every reader."""
 
-    threads: NonNegative = 0
-    """Decoder threads of one clip; 0 lets the library choose. 1 suits many loader workers on few cores."""
+    threads: NonNegative = 1
+    """Decoder threads of one clip; 0 lets the library choose. With more than one, FFmpeg does not always say
+    which frames it made up for damaged ones; several workers read as fast.
+    """
 
 
 class AutoConfig(ReaderConfig):

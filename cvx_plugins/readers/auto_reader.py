@@ -23,7 +23,7 @@ class AutoReader:
 
     name = "auto"
 
-    def __init__(self, prefer: str = "pyav", threads: int = 0):
+    def __init__(self, prefer: str = "pyav", threads: int = 1):
         self.pyav = PyavReader(threads)
         self.chosen: Any = self.pyav
         if prefer == "decord" and importlib.util.find_spec("decord") is not None:
@@ -39,6 +39,11 @@ class AutoReader:
             logger.debug("%s: read by pyav, for it has %s", path, " and ".join(found))
             return self.pyav.open_index(index)
         return self.chosen.open_index(index)
+
+    def check(self, path: Path) -> None:
+        """Raise FormatError where a frame is damaged and the preferred reader does not tell."""
+        if self.chosen is not self.pyav:
+            self.chosen.check(path)
 
     def choice(self, path: Path) -> str:
         """Return the name of the library that reads a file."""

@@ -13,6 +13,7 @@ import decord
 import numpy as np
 
 from cvx_core.errors import FormatError
+from cvx_plugins.readers import pyav_reader
 from cvx_plugins.readers.decord_limits import obstacles
 from cvx_plugins.readers.index import Index, scan
 
@@ -22,7 +23,7 @@ class DecordReader:
 
     name = "decord"
 
-    def __init__(self, threads: int = 0):
+    def __init__(self, threads: int = 1):
         self.threads = threads
 
     def open(self, path: Path) -> DecordClip:
@@ -37,6 +38,10 @@ class DecordReader:
                 f"{' and '.join(found)}. Use reader: {{use: auto}} or {{use: pyav}}."
             )
         return DecordClip(index, self.threads)
+
+    def check(self, path: Path) -> None:
+        """Raise FormatError where a frame is damaged, which decord does not tell."""
+        pyav_reader.check(scan(Path(path)))
 
 
 class DecordClip:

@@ -98,7 +98,7 @@ def scan(path: Path) -> Index:
         raise FormatError(f"{path}: the file is empty. Copy or download it again.")
     with explained(path), av.open(address(path)) as container:
         stream = video_stream(container, path)
-        stream.thread_type = "SLICE"  # frame threads would decode several frames to give one
+        stream.codec_context.thread_count = 1  # more would decode several frames to give one
         packets, frame = _packets(container, stream, path)
         _check_complete(container, stream, packets, path)
         container_name = container.format.name.split(",")[0]

@@ -20,7 +20,7 @@ class PyavReader:
 
     name = "pyav"
 
-    def __init__(self, threads: int = 0):
+    def __init__(self, threads: int = 1):
         self.threads = threads
 
     def open(self, path: Path) -> PyavClip:
@@ -59,8 +59,28 @@ class PyavClip:
             if slot and ordinal == wanted[slot - 1]:
                 out[slot] = out[slot - 1]
             else:
-                out[slot] = self._pixels(self._frame(ordinal))
+                out[slot] = self._pixels(self.decode(ordinal))
         return out
+
+    def decode(self, ordinal: int) -> Any:
+        """Return one decoded frame, reading on where that is shorter than starting at a key frame.
+
+        Raises FormatError where it cannot be decoded or the clip is closed.
+        """
+        if self._container is None:
+            raise FormatError(f"{self._index.path}: the clip is closed; open it again.")
+        position = self._current[0]
+        key = self._index.key_before(ordinal)
+        with explained(self._index.path):
+            if position < 0 or ordinal < position or key > position + 1:
+                self._decoded = self._decode(self._packets_from(key), key)
+                position = key - 1
+            while position < ordinal:
+                position += 1
+                self._current = next(self._decoded, (-1, None))
+                if self._current[0] != position:
+                    raise self._lost(position)
+        return self._current[1]
 
     def close(self) -> None:
         """Release the file and the decoder; closing twice is harmless."""
@@ -77,23 +97,6 @@ class PyavClip:
         stream = video_stream(self._container, self._index.path)
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = self._threads
-
-    def _frame(self, ordinal: int) -> Any:
-        """Return one decoded frame, reading on where that is shorter than starting at a key frame."""
-        if self._container is None:
-            raise FormatError(f"{self._index.path}: the clip is closed; open it again.")
-        position = self._current[0]
-        key = self._index.key_before(ordinal)
-        with explained(self._index.path):
-            if position < 0 or ordinal < position or key > position + 1:
-                self._decoded = self._decode(self._packets_from(key), key)
-                position = key - 1
-            while position < ordinal:
-                position += 1
-                self._current = next(self._decoded, (-1, None))
-                if self._current[0] != position:
-                    raise self._lost(position)
-        return self._current[1]
 
     def _lost(self, ordinal: int) -> FormatError:
         self._decoded, self._current = iter(()), (-1, None)
@@ -141,6 +144,16 @@ class PyavClip:
                 f"{pixels.shape[0]}x{pixels.shape[1]} within the clip. Split the clip, or drop its row."
             )
         return pixels
+
+
+def check(index: Index) -> None:
+    """Decode a whole file. Raises FormatError at a frame that is damaged or missing."""
+    clip = PyavClip(index, threads=1)
+    try:
+        for ordinal in range(clip.num_frames):
+            clip.decode(ordinal)
+    finally:
+        clip.close()
 
 
 def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cvx_core.errors import CvxError, FormatError
+from cvx_plugins.readers import pyav_reader
 from cvx_plugins.readers.decord_limits import obstacles
 from cvx_plugins.readers.index import Index, scan
 
@@ -21,7 +22,7 @@ class TorchcodecReader:
 
     name = "torchcodec"
 
-    def __init__(self, threads: int = 0):
+    def __init__(self, threads: int = 1):
         """Raises CvxError where torchcodec, or what it needs, is not there."""
         try:
             from torchcodec.decoders import VideoDecoder
@@ -44,6 +45,10 @@ class TorchcodecReader:
                 "Use reader: {use: auto} or {use: pyav}."
             )
         return TorchcodecClip(index, self._decoder, self.threads)
+
+    def check(self, path: Path) -> None:
+        """Raise FormatError where a frame is damaged, which torchcodec does not tell."""
+        pyav_reader.check(scan(Path(path)))
 
 
 class TorchcodecClip:

@@ -16,6 +16,7 @@ import pytest
 
 from cvx_core.errors import FormatError
 from cvx_core.interfaces import Row
+from cvx_io.decoding import decode
 from cvx_io.video import Pick, read_row
 
 Make = Callable[..., Any]
@@ -44,6 +45,46 @@ def test_frames_are_the_same_where_the_container_states_no_count(reader: Make, s
     for clip in clips:
         assert (clip.num_frames, clip.fps, clip.height, clip.width) == (453, 30.0, 720, 1280)
     np.testing.assert_array_equal(*(clip.frames([0, 1, 7, 130, 385, 452]) for clip in clips))
+
+
+@pytest.fixture
+def scratched(shared: Path, tmp_path: Path) -> Callable[[float, int, int], Path]:
+    """Return a function that writes a clip of which some bytes of the frames are others."""
+
+    def written(share: float, count: int, value: int) -> Path:
+        content = bytearray((shared / "data/clips/horse.mp4").read_bytes())
+        first = content.find(b"mdat")
+        first += int((len(content) - first) * share)
+        content[first : first + count] = bytes([value]) * count
+        path = tmp_path / f"{count}.mp4"
+        path.write_bytes(content)
+        return path
+
+    return written
+
+
+SCRATCHES = [(0.3, 40, 0x00), (0.5, 400, 0xFF), (0.7, 2000, 0x55)]
+
+
+@pytest.mark.parametrize("scratch", SCRATCHES)
+def test_a_few_bad_bytes_are_found_every_time(reader: Make, scratched: Make, scratch: Any) -> None:
+    path, opener = scratched(*scratch), reader("auto")
+    for _ in range(8):
+        clip = opener.open(path)
+        with pytest.raises(FormatError, match="cannot be decoded"):
+            clip.frames(range(clip.num_frames))
+        clip.close()
+
+
+@pytest.mark.parametrize("fields", [{"name": "decord"}, {"name": "auto", "prefer": "decord"}])
+def test_inspecting_finds_them_whatever_reads(reader: Make, scratched: Make, fields: Any) -> None:
+    """decord shows what FFmpeg made up for them."""
+    pytest.importorskip("decord")
+    opener = reader(**fields)
+    for scratch in SCRATCHES:
+        row = Row("a", ("a",), video=scratched(*scratch))
+        with pytest.raises(FormatError, match="cannot be decoded"):
+            decode(row, opener)
 
 
 @pytest.mark.parametrize(
