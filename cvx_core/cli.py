@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -76,7 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Dispatch a verb; everything after it goes to the verb. Returns its exit code, 2 for an unknown verb."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in VERBS:
-        return VERBS[argv[0]][0](argv[1:])
+        try:
+            code = VERBS[argv[0]][0](argv[1:])
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read this, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 141
+        return code
     verbs = "\n".join(f"  {name:15}{text}" for name, (_, text) in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="cvx",

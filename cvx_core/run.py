@@ -53,7 +53,10 @@ def run(spec: Spec) -> None:
         return
     world = World.stated()
     with joined(world, spec, device.pick(spec.run.device, world.local_rank)) as mark:
-        parts = replace(place(build(spec), spec), mark=mark)
+        parts = build(spec)
+        if world.size == 1 and parts.dataset is not None:
+            parts.dataset.rows()  # what is wrong with a listing shows before weights are read
+        parts = replace(place(parts, spec), mark=mark)
         with in_words(spec.output):
             parts.task.run(parts, spec)
 

@@ -69,6 +69,8 @@ class NpzCacheConfig(Config):
                 yield Problem(name, "is missing; name the table, and the folder of its latents.")
         if self.unconditional is not None and self.texts is None:
             yield Problem("unconditional", "has no effect without `texts`. Remove it, or add texts.")
+        if not getattr(spec.config("autoencoder"), "scale_factor", spec.card.latent_scale):
+            yield Problem("", "nothing says what to multiply latents by. Add `autoencoder`.")
         if spec.card.image_latent != "none":
             name = spec.name_of("predictor")
             yield Problem("", f"has no image latents, which predictor {name!r} needs. Precompute the clips.")

@@ -56,6 +56,16 @@ def _caption(listing: Listing, text: Path) -> str:
     return caption
 
 
+def _misplaced(root: Path, has_both: bool) -> str:
+    """Return why a folder is not one of Hugging Face's, and what to do."""
+    names = " and ".join(METADATA)
+    if has_both:
+        return f"has both of {names}. Keep one of them."
+    below = sorted({file.parent.name for name in METADATA for file in root.glob(f"*/{name}")})
+    hint = f"Set dataset.path to {root / below[0]}" if below else "Write one, with file_name and text"
+    return f"has neither of {names}. {hint}."
+
+
 class HfFolder:
     """Rows of the metadata file, whose records have `file_name`."""
 
@@ -67,8 +77,7 @@ class HfFolder:
         root, cfg = _required(self.cfg.path), self.cfg
         found = [root / name for name in METADATA if (root / name).is_file()]
         if len(found) != 1:
-            has = "both" if found else "neither"
-            raise FormatError(f"{root}: has {has} of {' and '.join(METADATA)}. Keep exactly one of them.")
+            raise FormatError(f"{root}: {_misplaced(root, bool(found))}")
         file, caption = cfg.file_key, cfg.caption_key
         if found[0].suffix == ".csv":
             return CsvTable(CsvConfig(path=found[0], video_column=file, caption_column=caption)).rows()

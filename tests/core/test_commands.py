@@ -27,6 +27,23 @@ def recipe(tmp_path):
     return path
 
 
+def test_what_is_wrong_with_a_listing_shows_before_weights_are_read(recipe, capsys, monkeypatch):
+    (recipe.parent / "clips.jsonl").write_text("no json\n")
+    monkeypatch.setattr("cvx_core.placing.place", lambda *_: pytest.fail("weights are read"))
+    recipe.write_text(RECIPE.replace("{use: synthetic, rows: 4}", "{use: jsonl, path: clips.jsonl}"))
+    assert run.main([str(recipe), "--set", "video.fps=8"]) == 2
+    assert "clips.jsonl:1:" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly():
+    command = [sys.executable, "-m", "cvx_core.cli", "schema"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 def test_check_says_what_a_recipe_resolves_to(recipe, capsys):
     assert run.main([str(recipe), "--check"]) == 0
     out = capsys.readouterr().out

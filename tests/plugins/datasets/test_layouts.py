@@ -109,8 +109,17 @@ def test_hub_folders_are_read_from_either_metadata_file(tmp_path: Path, prepare)
         listed("hf-folder", caption_key="caption", **fields)
     (tmp_path / "hub/metadata.csv").write_text("file_name,text\n")
     (tmp_path / "hub/metadata.jsonl").write_text("{}")
-    with pytest.raises(FormatError, match=r"has both of metadata.jsonl and metadata.csv"):
+    with pytest.raises(FormatError, match=r"has both of metadata.jsonl and metadata.csv. Keep one"):
         listed("hf-folder", **fields)
+
+
+def test_a_hub_folder_without_metadata_says_where_there_is_some(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"has neither of .* Write one, with file_name and text"):
+        listed("hf-folder", path=tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/metadata.csv").write_text("file_name,text\n")
+    with pytest.raises(FormatError, match=rf"Set dataset.path to {tmp_path}/train\."):
+        listed("hf-folder", path=tmp_path)
 
 
 def test_clips_in_shards_are_decoded_where_they_lie(tmp_path: Path, shared: Path) -> None:

@@ -148,3 +148,10 @@ def test_missing_files_and_columns_are_named_at_once(folder, launch):
         launch(**{"dataset.video_column": "clip"})
     with pytest.raises(RecipeError, match=r"dataset.unconditional: has no effect without `texts`"):
         launch(**{"dataset.texts": None})
+
+
+def test_what_latents_are_multiplied_by_has_to_be_known(folder):
+    data = yaml.safe_load(RECIPE)
+    del data["autoencoder"]
+    with pytest.raises(RecipeError, match=r"nothing says what to multiply latents by. Add `autoencoder`"):
+        resolve(parse(yaml.safe_dump(data), base=folder))
