@@ -39,6 +39,8 @@ class PlanConfig(TaskConfig):
     """Ranks that it would run on."""
     accumulate: Positive = 1
     """Batches per optimizer step."""
+    ema: bool = False
+    """Keep a running average of what is trained, as `task.ema` of training does."""
     memory_gb: PositiveFloat | None = None
     """Memory of a device, in 1e9 bytes. Where a rank needs more, changes to the recipe that make it fit are
     looked for."""

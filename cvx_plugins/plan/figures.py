@@ -11,19 +11,18 @@ from cvx_core.spec import Spec
 from cvx_parallel.gradients import BUCKET
 from cvx_parallel.pipeline import actions
 from cvx_plugins.plan.exchange import moved
+from cvx_plugins.plan.in_flight import in_flight
 from cvx_plugins.plan.layout import KNOWN, Layout
-from cvx_plugins.plan.passes import Pass, Passes, Sample
-
-DONE = ("FULL_BACKWARD", "BACKWARD_WEIGHT")
+from cvx_plugins.plan.passes import Passes, Sample
 
 
 @dataclass(frozen=True)
 class Figures:
     """Of the fullest rank of a place along pp, bytes. peak: at most, in training or while rows are encoded.
 
-    parameters, gradients, optimizer: what the rank keeps; gathered: what FSDP puts together for a while, at
-    most; activations: at most, those of microbatches that wait included; encoders: parameters of both;
-    encoding: what encoding one row takes; exchange: {axis: bytes sent in a step}; flops: of a step.
+    parameters, gradients, optimizer, average: what the rank keeps; gathered: what is put together for a
+    while, at most; activations: at most, those of microbatches that wait included; encoders: parameters of
+    both; encoding: what encoding one row takes; exchange: {axis: bytes sent in a step}; flops: of a step.
     """
 
     place: int
@@ -32,6 +31,7 @@ class Figures:
     parameters: int
     gradients: int
     optimizer: int
+    average: int
     gathered: int
     activations: int
     encoders: int
@@ -105,7 +105,8 @@ def _stage(passes: Passes, sample: Sample, place: int) -> Figures:
     activations, flops = _activations(passes, place, microbatches, rows)
     interleave = layout.strategies.get("interleave")
     stays = not (interleave is not None and interleave.offload)
-    kept = parameters + optimizer
+    average = layout.average_bytes(rank) if layout.spec.config("task").ema else 0
+    kept = parameters + optimizer + average
     training = kept + gradients + gathered + activations + (sample.encoder_bytes if stays else 0)
     return Figures(
         place=place,
@@ -114,6 +115,7 @@ def _stage(passes: Passes, sample: Sample, place: int) -> Figures:
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
+        average=average,
         gathered=gathered,
         activations=activations,
         encoders=sample.encoder_bytes,
@@ -198,21 +200,7 @@ def _activations(passes: Passes, place: int, microbatches: int, rows: int) -> tu
         return passes.tables + by_stage[0].peak, flops
     schedule = layout.strategies["pp"].schedule
     order = actions(schedule, layout.size("pp"), len(layout.stages), microbatches)[place]
-    return passes.tables + _in_flight([(a.kind, a.stage) for a in order], by_stage), flops
-
-
-def _in_flight(order: list[tuple[str, int]], by_stage: Mapping[int, Pass]) -> int:
-    """Return the most bytes at any time of a schedule; order: (kind of action, stage)."""
-    now = most = 0
-    for kind, stage in order:
-        one = by_stage[stage]
-        if kind == "FORWARD":
-            now += one.kept
-            most = max(most, now)
-        elif kind in DONE:
-            most = max(most, now - one.kept + one.peak)
-            now -= one.kept
-    return most
+    return passes.tables + in_flight(order, by_stage), flops
 
 
 def _seconds(passes: Passes, sample: Sample, stages: tuple[Figures, ...]) -> Mapping[str, float]:

@@ -155,6 +155,11 @@ class Layout:
             gradients = [max(gradients, default=0)]  # there is one at a time
         return sum(part.bytes for part in held), sum(gradients), state
 
+    def average_bytes(self, rank: int) -> int:
+        """Return the bytes of a running average of what a rank holds and trains, at least in float32."""
+        each = max(self.dtype.itemsize, 4)
+        return sum(math.prod(p.shape) * each for p in self.all_held(rank).values() if p.rows is not None)
+
     def gradient_bytes(self, part: Held) -> int:
         """Return the bytes of a trained parameter's gradient that a rank keeps."""
         shape = part.rows if "zero2" in self.strategies and part.rows is not None else part.shape

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.pipelining._backward import stage_backward_input
 
-from cvx_core.interfaces import Condition, Deps, Parts, Tokens
+from cvx_core.interfaces import Condition, Deps, Parts
 from cvx_core.spec import Spec
 from cvx_core.strategy import Stage
+from cvx_parallel.pipeline import accumulate
 from cvx_plugins.plan.layout import Layout, dtype_of, module_of, predictor_of
 from cvx_plugins.plan.live import Live, dropped_gradients
 from cvx_plugins.plan.stand_ins import Standing
@@ -23,13 +25,20 @@ from cvx_plugins.plan.stand_ins import Standing
 class Pass:
     """kept: bytes between forward and backward pass; peak: bytes at most, in either; flops: of both.
 
-    Neither parameters nor their gradients are among them, nor what a kernel or a collective of some backend
-    holds for itself.
+    arriving, leaving: bytes of the tokens that other stages send and get. Of a backward pass that is split,
+    to_inputs, to_weights: bytes at most in either part; between: those kept from one to the other. Neither
+    parameters nor their gradients are among them, nor what a kernel or a collective of some backend holds for
+    itself.
     """
 
     kept: int
     peak: int
     flops: int
+    arriving: int = 0
+    leaving: int = 0
+    to_inputs: int = 0
+    between: int = 0
+    to_weights: int = 0
 
 
 class Passes:
@@ -57,6 +66,7 @@ class Passes:
             if choice.config.stage == Stage.RUN:
                 choice.build(Deps(layout.spec)).apply(parts)
         self._predictor.train()
+        self._is_split = getattr(layout.strategies.get("pp"), "schedule", "") == "zero-bubble"
         self._every = int(getattr(layout.strategies.get("recompute"), "every", 1))
         self._known: dict[tuple[int, bool, bool, int], Pass] = {}
 
@@ -81,22 +91,45 @@ class Passes:
         names = list(self._predictor.blocks)[:blocks]
         live = Live(self.layout.size("ring"))
         with dropped_gradients(self._predictor), live:
-            outputs = self._forward(names, first, last, rows)
-            kept = live.now
+            arrived = [] if first else self._arrived(rows)
+            outputs = self._forward(names, arrived, last, rows)
+            found = Pass(live.now, 0, 0, _bytes(arrived), 0 if last else _bytes(outputs))
             outputs = [out for out in outputs if out.requires_grad]
-            if outputs:
-                grads = [torch.empty_like(out) if out.ndim else None for out in outputs]
+            grads = [torch.empty_like(out) if out.ndim else torch.ones_like(out) for out in outputs]
+            if outputs and self._is_split and arrived:
+                found = _split(found, live, (outputs, grads, arrived, self._weights(names, last)))
+            elif outputs:
+                del arrived
                 torch.autograd.backward(outputs, grads)
-        return Pass(kept, live.peak, live.flops)
+        return replace(found, peak=live.peak, flops=live.flops)
 
-    def _forward(self, names: Sequence[str], first: bool, last: bool, rows: int) -> list[Tensor]:
-        """Return what a stage passes on, or the loss."""
+    def _weights(self, names: Sequence[str], last: bool) -> list[Tensor]:
+        """Return what is trained of a stage that is not the first."""
+        plan = self.layout.plan
+        modules = [f"{plan.blocks}.{name}" for name in names] + (list(plan.head) if last else [])
+        inside = tuple(f"{module}." for module in modules)
+        named = self._predictor.named_parameters()
+        return [p for name, p in named if p.requires_grad and name.startswith(inside)]
+
+    def _arrived(self, rows: int) -> list[Tensor]:
+        """Return tokens as they come from another rank: video, text and temb."""
+        outline = self._predictor.split(self._predictor.outline(*self.sample.latent(rows, self.dtype)))
+        return [
+            torch.empty(t.shape, dtype=self.dtype, device="meta", requires_grad=True)
+            for t in (outline.video, outline.text, outline.temb)
+        ]
+
+    def _forward(
+        self, names: Sequence[str], arrived: Sequence[Tensor], last: bool, rows: int
+    ) -> list[Tensor]:
+        """Return what a stage passes on, or the loss. arrived: what the one before did; the first embeds."""
         predictor = self._predictor
         latent, condition = self.sample.latent(rows, self.dtype)
-        if first:
-            tokens = predictor.split(predictor.embed(latent, _timestep(rows), condition))
+        if arrived:
+            outline = predictor.split(predictor.outline(latent, condition))
+            tokens = outline._replace(video=arrived[0], text=arrived[1], temb=arrived[2])
         else:
-            tokens = _received(predictor.split(predictor.outline(latent, condition)), self.dtype)
+            tokens = predictor.split(predictor.embed(latent, _timestep(rows), condition))
         for name in names:
             tokens = predictor.blocks[name](tokens)
         if not last:
@@ -111,17 +144,28 @@ def _timestep(rows: int) -> Tensor:
     return torch.zeros(rows, dtype=torch.int64, device="meta")
 
 
-def _values(found: Pass) -> tuple[int, int, int]:
-    return found.kept, found.peak, found.flops
+def _values(found: Pass) -> tuple[int, ...]:
+    return astuple(found)
 
 
-def _received(tokens: Tokens, dtype: torch.dtype) -> Tokens:
-    """Return tokens as they arrive from another rank."""
-    video, text, temb = (
-        torch.empty(t.shape, dtype=dtype, device="meta", requires_grad=True)
-        for t in (tokens.video, tokens.text, tokens.temb)
-    )
-    return tokens._replace(video=video, text=text, temb=temb)
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _split(found: Pass, live: Live, given: tuple[list[Tensor], ...]) -> Pass:
+    """Do a backward pass in two parts, as a pipeline does that splits them; return what both take.
+
+    given: outputs, their gradients, inputs and weights.
+    """
+    outputs, grads, inputs, weights = given
+    # torch's hint asks for an iterator of parameters; it takes a list of tensors.
+    gradients, parts = stage_backward_input(outputs, grads, inputs, weights)  # type: ignore[arg-type]
+    del gradients, outputs, grads, inputs
+    to_inputs, between = live.peak, live.now
+    live.peak = live.now
+    accumulate(weights, parts)
+    to_weights, live.peak = live.peak, max(live.peak, to_inputs)
+    return replace(found, to_inputs=to_inputs, between=between, to_weights=to_weights)
 
 
 class Sample:

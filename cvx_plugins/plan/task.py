@@ -19,6 +19,7 @@ COLUMNS = (
     "parameters",
     "gradients",
     "optimizer",
+    "average",
     "gathered",
     "activations",
     "encoders",

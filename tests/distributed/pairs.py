@@ -1,13 +1,8 @@
-"""Every strategy with every other: the cases, what each needs, and the table of them in docs/parallel.md.
-
-`python -m tests.distributed.pairs` runs all of them and writes the table.
-"""
+"""Every strategy with every other: the cases, what each needs, and the table of them in docs/parallel.md."""
 
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -29,7 +24,7 @@ class Choice:
     """One strategy of the matrix. owns: what no other of a case may own; ranks: along its axes.
 
     borrows: it needs ranks that see the same rows; encodes: it changes how features are made; adapter: it is
-    one, not an entry of `parallel`.
+    one, not an entry of `parallel`; others: entries that cases take turns with.
     """
 
     entry: Mapping[str, Any]
@@ -38,8 +33,13 @@ class Choice:
     borrows: bool = False
     encodes: bool = False
     adapter: bool = False
+    others: tuple[Mapping[str, Any], ...] = ()
 
 
+INTERLEAVED = {"use": "pp", "size": 2, "schedule": "interleaved"}
+ZERO_BUBBLE = {"use": "pp", "size": 2, "schedule": "zero-bubble"}
+SELECTIVE = {"use": "recompute", "mode": "selective"}
+AWAY = {"use": "recompute", "every": 2, "offload": True}
 CHOICES: Mapping[str, Choice] = {
     "ddp": Choice({"use": "ddp"}, "data", 2),
     "zero1": Choice({"use": "zero1"}, "data", 2),
@@ -51,11 +51,11 @@ CHOICES: Mapping[str, Choice] = {
     "cp ulysses": Choice({"use": "cp", "ulysses": 2}, "cp", 2),
     "cp ring": Choice({"use": "cp", "ring": 2}, "cp", 2),
     "cp hybrid": Choice({"use": "cp", "ulysses": 2, "ring": 2}, "cp", 4),
-    "pp": Choice({"use": "pp", "stages": [1, 3]}, "pp", 2),
+    "pp": Choice({"use": "pp", "stages": [1, 3]}, "pp", 2, others=(INTERLEAVED, ZERO_BUBBLE)),
     "encoder-dp": Choice({"use": "encoder-dp"}, borrows=True, encodes=True),
     "vae-cp": Choice({"use": "vae-cp"}, borrows=True, encodes=True),
     "interleave": Choice({"use": "interleave", "rounds": 2}, encodes=True),
-    "recompute": Choice({"use": "recompute"}),
+    "recompute": Choice({"use": "recompute"}, others=(SELECTIVE, AWAY)),
     "lora": Choice({"use": "lora", "rank": 2, "alpha": 3.0}, adapter=True),
     "compile": Choice({"use": "compile", "backend": "aot_eager"}),
 }
@@ -86,21 +86,36 @@ class Case:
         return math.prod(self.ranks(name) for name in self.all)
 
     def ranks(self, name: str) -> int:
-        """Return the ranks of one strategy: layerzero beside cp hybrid has one group of ranks, not two, since
-        16 processes are too many.
+        """Return the ranks of one strategy; see `entry`."""
+        return 2 if self._is_crowded(name) else CHOICES[name].ranks
+
+    def entry(self, name: str) -> Mapping[str, Any]:
+        """Return what the recipe says of a strategy. Beside cp hybrid, layerzero's groups have one data rank
+        each, which makes them as large as cp, since 16 processes are too many.
         """
-        crowded = name == "layerzero" and "cp hybrid" in self.all
-        return 2 if crowded else CHOICES[name].ranks
+        if self._is_crowded(name):
+            return {**CHOICES[name].entry, "zero3_size": 1}
+        entries = [CHOICES[name].entry, *CHOICES[name].others]
+        if name == "pp" and {"recompute", "compile"} & set(self.all):
+            entries.remove(ZERO_BUBBLE)  # it splits backward passes, and these do not let it
+        return entries[self._turn % len(entries)]
+
+    def _is_crowded(self, name: str) -> bool:
+        return name == "layerzero" and "cp hybrid" in self.all
+
+    @property
+    def _turn(self) -> int:
+        return sum(map(len, self.names))
 
     @property
     def variant(self) -> str:
         """Every variant has its share of the cases."""
-        return list(VARIANTS)[sum(map(len, self.names)) % len(VARIANTS)]
+        return list(VARIANTS)[self._turn % len(VARIANTS)]
 
     def text(self) -> str:
         """Return the recipe."""
         data = math.prod(self.ranks(name) for name in self.all if CHOICES[name].owns == "data")
-        return _recipe(self.variant, self.all, data)
+        return _recipe(self.variant, {name: self.entry(name) for name in self.all}, data)
 
 
 def cases() -> Iterator[Case]:
@@ -121,21 +136,21 @@ def _completed(names: tuple[str, ...]) -> Case:
     return Case(names, (PARTNER,) if borrows and not has_group else ())
 
 
-def _recipe(variant: str, names: tuple[str, ...], data: int) -> str:
-    parallel = [dict(CHOICES[name].entry) for name in names if not CHOICES[name].adapter]
+def _recipe(variant: str, entries: Mapping[str, Mapping[str, Any]], data: int) -> str:
+    parallel = [dict(entry) for name, entry in entries.items() if not CHOICES[name].adapter]
     content = yaml.safe_load(recipe(variant, parallel, "float64"))
     content["loader"]["batch"] = ROWS // data
-    for name in names:
+    for name, entry in entries.items():
         if CHOICES[name].adapter:
-            content["adapter"] = dict(CHOICES[name].entry)
+            content["adapter"] = dict(entry)
     return yaml.safe_dump(content)
 
 
 @cache
 def reference(variant: str, adapter: bool, encodes: bool) -> Step:
     """Return what one process does."""
-    names = tuple(name for name in CHOICES if CHOICES[name].adapter and adapter)
-    return run_step(_recipe(variant, names, 1), encoded=encodes)
+    entries = {name: choice.entry for name, choice in CHOICES.items() if choice.adapter and adapter}
+    return run_step(_recipe(variant, entries, 1), encoded=encodes)
 
 
 def verify(case: Case) -> None:
@@ -166,26 +181,3 @@ def write(results: Mapping[tuple[str, ...], str]) -> None:
     """Put the table behind the mark of the page."""
     before = PAGE.read_text(encoding="utf-8").split(MARK)[0]
     PAGE.write_text(f"{before}{MARK}\n\n{table(results)}\n", encoding="utf-8")
-
-
-def main() -> int:
-    """Run every case and write the table; returns the number of cases that failed."""
-    results, failed = {}, 0
-    for case in cases():
-        began = time.perf_counter()
-        try:
-            verify(case)
-            results[case.names] = str(case.world)
-        except AssertionError as error:
-            failed += 1
-            results[case.names] = "no"
-            print(f"{' x '.join(case.all)} ({case.variant}): {str(error)[-600:]}", flush=True)
-        print(
-            f"{' x '.join(case.all)}: {results[case.names]} {time.perf_counter() - began:.1f} s", flush=True
-        )
-    write(results)
-    return failed
-
-
-if __name__ == "__main__":
-    sys.exit(main())

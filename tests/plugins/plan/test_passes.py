@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from cvx_core.building import build
-from cvx_core.interfaces import Condition
+from cvx_core.interfaces import Condition, Features
 from cvx_core.placing import place
+from cvx_core.random import Draws
 from cvx_core.recipe import parse
 from cvx_core.spec import resolve
 from cvx_parallel.sliced import held
+from cvx_plugins.plan.figures import planned
 from cvx_plugins.plan.layout import Layout
 from cvx_plugins.plan.live import dropped_gradients
 from cvx_plugins.plan.passes import Passes, Sample
@@ -156,3 +158,50 @@ def test_activations_of_several_ranks(world):
         spec = plan_of(parallel, world, **SIZES)
         planned = Passes(Layout(spec), Sample(spec)).of(SIZES["num_layers"], True, True, ROWS)
         assert abs(planned.kept - got) <= 0.05 * got, (parallel, planned, got)
+
+
+PIPELINES = {
+    "1f1b": {"stages": [2, 4]},
+    "gpipe": {"schedule": "gpipe"},
+    "interleaved": {"schedule": "interleaved"},
+    "zero-bubble": {"schedule": "zero-bubble"},
+}
+DEEP = {**SIZES, "head_dim": 64}
+
+
+def peaks(recipes: list[str]) -> list[int]:
+    """Return the most that this rank's allocator hands out in the second step of each recipe, besides what it
+    has then.
+    """
+    return [_peak(recipe) for recipe in recipes]
+
+
+def _peak(recipe: str) -> int:
+    spec = resolve(parse(recipe))
+    parts = place(build(spec), spec)
+    parts.predictor.train()
+    sample = Sample(spec)
+    for step in range(2):
+        latent = torch.randn(spec.loader.batch, *sample.shape)
+        words = torch.randn(len(latent), 5, 12)
+        features = Features(latent, words, torch.ones(len(latent), 5, dtype=torch.bool))
+        draws = Draws(0, step, tuple(range(len(latent))), 0, 1)
+        with dropped_gradients(parts.predictor), _profile() as memory:
+            parts.before_update(False)
+            parts.forward_backward(features, draws)
+    return _now_and_peak(memory)[1]
+
+
+def _profile() -> Any:
+    return torch.autograd.profiler.profile(profile_memory=True)
+
+
+@pytest.mark.slow
+def test_peaks_of_pipelines():
+    cases = [[{"use": "pp", "size": 2, **fields}] for fields in PIPELINES.values()]
+    cases.append([{"use": "pp", "size": 2}, {"use": "recompute"}])
+    found = on_ranks(2, peaks, [text(parallel, 2, plan=False, **DEEP) for parallel in cases])
+    for number, parallel in enumerate(cases):
+        for stage in planned(plan_of(parallel, 2, **DEEP)).stages:
+            got = found[stage.rank][number]
+            assert abs(stage.activations - got) <= 0.05 * got, (parallel, stage, got)
