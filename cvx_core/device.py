@@ -104,6 +104,19 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def seed(device: torch.device, value: int) -> None:
+    """Seed torch's own generators: that of the CPU, and those of the accelerators where one is used.
+
+    torch.manual_seed does all, and for one that is not there it notes the whole stack of calls each time.
+    """
+    import torch
+
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(value)
+    else:
+        torch.manual_seed(value)
+
+
 def keep_freed_memory() -> None:
     """Have this process keep the memory that it frees, instead of asking the system for it again.
 

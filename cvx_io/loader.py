@@ -150,7 +150,9 @@ class Loader:
 
     def _results(self, places: _Places) -> Iterator[Any]:
         """Yield (place, batch or error), read ahead by threads or, where something is decoded, processes."""
-        if self.workers and all(row.features is not None for row in self.rows):
+        if not self.workers:
+            return map(_Batches(self).__getitem__, places)
+        if all(row.features is not None for row in self.rows):
             return _in_threads(_Batches(self), places, self.workers)
         found: DataLoader[Any] = DataLoader(
             _Batches(self),  # type: ignore[arg-type]  # a map from cursor to batch
@@ -199,7 +201,7 @@ class Loader:
         rows, shape = self.rows_at(cursor), self.bucket_at(cursor).shape
         more = (shape,) if shape is not None else ()
         prompts = tuple(self._prompt(row, cursor.epoch) for row in rows)
-        chosen = (replace(row, captions=(prompt,)) for row, prompt in zip(rows, prompts, strict=True))
+        chosen = map(_captioned, rows, prompts)
         items = [self.decode(row, keyed(self.seed, "pick", cursor.epoch, row.id), *more) for row in chosen]
         encoded = tuple(item.encoded for item in items if item.encoded is not None)
         return Batch(
@@ -319,6 +321,11 @@ class _Places:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _captioned(row: Row, prompt: str) -> Row:
+    """Return a row with one caption."""
+    return row if row.captions == (prompt,) else replace(row, captions=(prompt,))
 
 
 def _stack(what: str, rows: Sequence[Row], tensors: Sequence[Tensor | None]) -> Tensor | None:

@@ -48,6 +48,8 @@ def clip(params: Sequence[Tensor], most: float | None, mesh: Mesh) -> Tensor:
 
 def shrink(params: Sequence[Tensor], most: float, norm: Tensor) -> None:
     """Scale all gradients, whose norm over the whole model is `norm`, so that it is at most `most`."""
+    if bool(most / (norm + 1e-6) >= 1):  # what gradients would be multiplied by, clamped to 1
+        return
     for group in _by(lambda param: getattr(param.grad, "device_mesh", None), params).values():
         torch.nn.utils.clip_grads_with_norm_(group, most, norm)
 
@@ -58,23 +60,31 @@ def total_norm(params: Sequence[Tensor], mesh: Mesh) -> Tensor:
     Each rank adds up what it holds, divided by how many ranks hold the same, so that one all-reduce over the
     world does, whatever meshes the gradients lie on.
     """
-    wide = reduce(torch.promote_types, (param.dtype for param in params), torch.float32)
+    wide = reduce(torch.promote_types, {param.dtype for param in params}, torch.float32)
     squares = torch.zeros((), dtype=wide, device=params[0].device)
-    for copies, group in _by(lambda param: _copies(param, mesh), params).items():
-        norm = torch.nn.utils.get_total_norm([local(param.grad) for param in group])
+    for copies, group in _by_copies(params, mesh).items():
+        norm = torch.nn.utils.get_total_norm(group)
         squares = squares + norm.to(wide) ** 2 / copies
     if mesh.degrees.world > 1:
         dist.all_reduce(squares)
     return squares.sqrt()
 
 
-def _copies(param: Tensor, mesh: Mesh) -> int:
-    """Return how many ranks hold what this one holds of a parameter's gradient."""
-    pieces = mesh.size("pp")
-    if isinstance(grad := param.grad, DTensor):
-        dims = zip(grad.device_mesh.shape, grad.placements, strict=True)
-        pieces *= math.prod(size for size, placement in dims if not placement.is_replicate())
-    return mesh.degrees.world // pieces
+def _by_copies(params: Sequence[Tensor], mesh: Mesh) -> dict[int, list[Tensor]]:
+    """Group what this rank holds of the gradients by how many ranks hold the same."""
+    groups: dict[int, list[Tensor]] = {}
+    world, stages = mesh.degrees.world, mesh.size("pp")
+    for param in params:
+        if (grad := param.grad) is not None:
+            copies = world // (stages * (_pieces(grad) if isinstance(grad, DTensor) else 1))
+            groups.setdefault(copies, []).append(local(grad))
+    return groups
+
+
+def _pieces(gradient: DTensor) -> int:
+    """Return how many pieces a gradient is shared out in."""
+    dims = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
+    return math.prod(size for size, placement in dims if not placement.is_replicate())
 
 
 def _by(key: Callable[[Tensor], Any], params: Sequence[Tensor]) -> dict[Any, list[Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -98,26 +97,19 @@ def read_item(path: Path, kind: str) -> tuple[Tensor, Tensor]:
 
     Its digest is not compared; `check_item` does.
     """
-    import torch
-
     try:
-        with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            data = torch.empty(size, dtype=torch.uint8)
-            content = data.numpy().data
-            count = file.readinto(content)
+        content, count = _read(path)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}. Run precompute again.") from error
-    names = _TENSORS[kind]
+    first, second = _TENSORS[kind]
     try:
-        if count != size or size < 8:
-            raise ValueError(f"{count} of {size} bytes were read")
-        (length,) = struct.unpack_from("<Q", content)
-        entries = json.loads(bytes(content[8 : 8 + length]))
-        first, second = (_view(data, 8 + length, entries[name]) for name in names)
-    except (ValueError, KeyError, TypeError, RuntimeError, struct.error) as error:
+        if count != len(content) or count < 8:
+            raise ValueError(f"{count} of {len(content)} bytes were read")
+        start = 8 + int.from_bytes(content[:8], "little")
+        entries = json.loads(str(content[8:start], "utf-8"))
+        return _view(content, start, entries[first]), _view(content, start, entries[second])
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise FormatError(f"{path}: is no {kind} item of a cache: {error}. {_REMEDY}") from error
-    return first, second
 
 
 def check_item(path: Path, kind: str) -> Ingredients:
@@ -153,26 +145,41 @@ def _digest(tensors: Any) -> str:
     return digest.hexdigest()
 
 
-def _view(data: Tensor, start: int, entry: Mapping[str, Any]) -> Tensor:
+def _read(path: Path) -> tuple[memoryview, int]:
+    """Return room for a file, and how many bytes of it could be read there at once."""
+    import torch
+
+    file = os.open(path, os.O_RDONLY)
+    try:
+        room = torch.empty(os.fstat(file).st_size, dtype=torch.uint8).numpy().data  # bytes would be set to 0
+        return room, os.readv(file, [room])
+    finally:
+        os.close(file)
+
+
+def _view(content: memoryview, start: int, entry: Mapping[str, Any]) -> Tensor:
     """Return the tensor of a header's entry, in the bytes of its file."""
+    import torch
+
     begin, end = entry["data_offsets"]
-    if not 0 <= begin <= end <= len(data) - start:
-        raise ValueError(f"tensor at bytes {begin} to {end} of {len(data) - start}")
-    raw = data[start + begin : start + end]
-    dtype = _dtypes()[entry["dtype"]]
-    if raw.storage_offset() % dtype.itemsize:
-        raw = raw.clone()  # a copy is aligned
-    return raw.view(dtype).view(entry["shape"])
+    if not 0 <= begin <= end <= len(content) - start:
+        raise ValueError(f"tensor at bytes {begin} to {end} of {len(content) - start}")
+    dtype, size = _dtypes()[entry["dtype"]]
+    if (end - begin) % size:
+        raise ValueError(f"{end - begin} bytes of {entry['dtype']}")
+    if begin == end:
+        return torch.empty(0, dtype=dtype).view(entry["shape"])
+    flat = torch.frombuffer(content, dtype=dtype, count=(end - begin) // size, offset=start + begin)
+    if (start + begin) % size:
+        flat = flat.clone()  # a copy is aligned
+    return flat.view(entry["shape"])
 
 
 @cache
-def _dtypes() -> dict[str, torch.dtype]:
+def _dtypes() -> dict[str, tuple[torch.dtype, int]]:
+    """Return what may be in an item: each with the bytes of a value."""
     import torch
 
-    return {
-        "BOOL": torch.bool,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F32": torch.float32,
-        "F64": torch.float64,
-    }
+    codes = {"BOOL": "bool", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+    dtypes = {code: getattr(torch, name) for code, name in codes.items()}
+    return {code: (dtype, dtype.itemsize) for code, dtype in dtypes.items()}

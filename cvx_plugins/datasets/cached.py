@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cvx_core.errors import FormatError
 from cvx_core.interfaces import Deps, Row
 from cvx_io.cache.items import Encoded, Moments, Text, path_of, read_item
+from cvx_io.cache.kept import Kept
 from cvx_io.cache.rows import Listed, Shared, read_rows
 from cvx_plugins.datasets.cached_config import FeatureCacheConfig
 
@@ -18,15 +19,16 @@ log = logging.getLogger("cvx")
 
 @dataclass(frozen=True)
 class Features:
-    """Reads the items of one row. items: {kind: file}; texts: {caption: file}."""
+    """Reads the items of one row. items: {kind: file}; texts: {caption: file}; kept: shared by all rows."""
 
     items: Mapping[str, Path]
     texts: Mapping[str, Path]
+    kept: Kept = field(default_factory=Kept, compare=False, repr=False)
 
     def __call__(self, caption: str) -> Encoded:
         """Return moments and text. Raises FormatError where an item is missing or damaged."""
-        moments = {kind: Moments(*read_item(path, kind)) for kind, path in self.items.items()}
-        text = Text(*read_item(self.texts[caption], "text"))
+        moments = {kind: Moments(*self.kept.read(path, kind)) for kind, path in self.items.items()}
+        text = Text(*self.kept.read(self.texts[caption], "text"))
         return Encoded(moments["latent"], moments.get("image_latent"), text)
 
 
@@ -40,6 +42,7 @@ class FeatureCache:
         self.folder, self.name = cfg.path, cfg.rows
         self._spec = deps.spec if deps is not None else None
         found = read_rows(cfg.path, cfg.rows)
+        self._kept = Kept()
         self.shared: Shared = found[0]
         self.listed: list[Listed] = found[1]
 
@@ -67,4 +70,4 @@ class FeatureCache:
             for caption, key in zip(captions, listed.texts, strict=True)
         }
         meta = {"sources": dict(listed.sources)}
-        return Row(listed.id, listed.captions, features=Features(items, texts), meta=meta)
+        return Row(listed.id, listed.captions, features=Features(items, texts, self._kept), meta=meta)

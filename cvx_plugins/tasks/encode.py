@@ -61,13 +61,11 @@ class Encoder:
     def __call__(self, batch: Batch, draws: Draws) -> Features:
         """Return features of a batch; posterior and pixel noise are drawn row by row."""
         encoded, scale = self._encoded(batch, draws), self.scale
-        videos = draws.of("posterior")
-        images = draws.of("image-posterior") if any(item.image for item in encoded) else videos
-        latent = torch.stack(
-            [scale * draw(item.video, g) for item, g in zip(encoded, videos, strict=True) if item.video]
-        )
-        drawn = [draw(item.image, g) for item, g in zip(encoded, images, strict=True) if item.image]
-        condition = image_condition(torch.stack(drawn), latent, scale, self._card) if drawn else None
+        latent = scale * draw([item.video for item in encoded if item.video], draws, "posterior")
+        images = [item.image for item in encoded if item.image]
+        condition = None
+        if images:
+            condition = image_condition(draw(images, draws, "image-posterior"), latent, scale, self._card)
         return Features(pad_front(latent, self._card), *self._text(batch.prompts, encoded), condition)
 
     @torch.no_grad()
@@ -99,7 +97,8 @@ class Encoder:
 
     def _encoded(self, batch: Batch, draws: Draws) -> Sequence[Encoded]:
         if batch.encoded is not None:
-            return [_on(item, self._parts.device) for item in batch.encoded]
+            device = self._parts.device
+            return batch.encoded if device.type == "cpu" else [_on(item, device) for item in batch.encoded]
         if all(row.id in self._rows for row in batch.rows):
             return [self._rows[row.id] for row in batch.rows]
         return self._encode(batch, draws)
@@ -150,10 +149,10 @@ def row_by_row(function: Callable[[Any], tuple[Tensor, Tensor]]) -> Callable[[An
     return each
 
 
-def draw(moments: Moments, generator: torch.Generator) -> Tensor:
-    """Draw from a posterior with a CPU generator, so that every device sees the same noise."""
-    noise = torch.randn(moments.mean.shape, generator=generator)
-    return moments.mean + moments.std * noise.to(moments.mean)
+def draw(moments: Sequence[Moments], draws: Draws, what: str) -> Tensor:
+    """Draw (B,C,T,h,w) from posteriors, with noise from the CPU: every device sees the same."""
+    means, stds = (torch.stack(parts) for parts in zip(*moments, strict=True))
+    return means + stds * draws.normal(what, means.shape[1:]).to(means)
 
 
 def image_condition(image: Tensor, latent: Tensor, scale: float, card: Card) -> Tensor:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from cvx_core import device as devices
+from cvx_core.collecting import Collecting
 from cvx_core.errors import CvxError
 from cvx_core.interfaces import Parts, Work
-from cvx_core.random import Draws, keyed
+from cvx_core.random import Draws, keyed_seed
 from cvx_core.spec import Spec
 from cvx_io import resume
 from cvx_io.loader import Cursor, Loader
@@ -76,6 +77,7 @@ class Loop:
         self._loaded, self._mesh, self._before_update = parts.loaded, parts.mesh, parts.before_update
         self._after_backward, self._mark, self._trains = parts.after_backward, parts.mark, parts.trains
         self._named = [(name, p) for name, p in module.named_parameters() if name in parts.trainable]
+        self._params = [p for _, p in self._named]
         groups = getattr(spec.config("optimizer"), "groups", ())
         self._optimizer = parts.make_optimizer(grouped(self._named, groups, parts.elsewhere))
         # An optimizer may keep gradients elsewhere than at the parameters.
@@ -111,6 +113,7 @@ class Loop:
             progress("train", last, step) as bar,
             _stop_requested() as stopping,
             saver,
+            Collecting() as collecting,
         ):
             if self._validation is not None:
                 self._validation.begin(step)
@@ -144,6 +147,7 @@ class Loop:
                     if saved != step:  # what was trained is kept, whatever has failed
                         self._save(saver, step, cursor, loader)
                     raise
+                collecting.step()
             if step == last:
                 self._agreed(False)  # what the last step did
             if saved != step:
@@ -209,7 +213,7 @@ class Loop:
         self._before_update(k == self._config.accumulate - 1)
         # Dropout draws from torch's own generator; so what it drops is the same after a resume.
         place = self._mesh.place("loss")
-        torch.manual_seed(keyed(work.draws.seed, "torch", work.draws.number, place).initial_seed())
+        devices.seed(self._device, keyed_seed(work.draws.seed, "torch", work.draws.number, place))
         return step_function(work)
 
     def _refuse(self, step: int, fault: str) -> None:
@@ -264,12 +268,12 @@ class Loop:
         for group in self._optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_scale(step, self._config)
         self._after_backward()
-        params = [p for _, p in self._named]
-        gradients = [(name, self._with_gradient(p)) for name, p in self._named]
-        total = total_norm([p for _, p in gradients], self._mesh)
+        gradients = [self._with_gradient(param) for param in self._params]
+        total = total_norm(gradients, self._mesh)
         norm = float(total)
         if fault is None and not math.isfinite(norm):
-            fault = guards.bad_gradients(gradients, self._mesh)
+            named = [(name, holder) for (name, _), holder in zip(self._named, gradients, strict=True)]
+            fault = guards.bad_gradients(named, self._mesh)
             self._refuse(step, fault)
         if fault is not None:
             self._optimizer.zero_grad(set_to_none=True)
@@ -281,8 +285,8 @@ class Loop:
                 f"step {step + 1}: every gradient is zero, so nothing would be learned. Is all of it frozen?"
             )
         if self._config.grad_clip is not None:
-            shrink([p for _, p in gradients], self._config.grad_clip, total)
-        changed = guards.Changed(params, self._optimizer)
+            shrink(gradients, self._config.grad_clip, total)
+        changed = guards.Changed(self._params, self._optimizer)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._changed, self._in_a_row = bool(changed), 0

@@ -22,7 +22,7 @@ def prediction_loss(parts: Parts, features: Features, draws: Draws, timestep: Te
 
 def drawn_timesteps(scheduler: Any, draws: Draws) -> Tensor:
     """Return the timesteps (B,) int64 of a batch's rows."""
-    drawn = (scheduler.draw(1, g, draws.rank, draws.world) for g in draws.of("timestep"))
+    drawn = (scheduler.draw(1, g, draws.rank, draws.world) for g in draws.each("timestep"))
     return torch.cat(list(drawn))
 
 
@@ -41,9 +41,7 @@ class Diffusion:
         if timestep is None:
             timestep = drawn_timesteps(self._scheduler, draws)
         timestep = timestep.to(latent.device)
-        noise = torch.stack([torch.randn(latent.shape[1:], generator=g) for g in draws.of("noise")]).to(
-            latent.device
-        )
+        noise = draws.normal("noise", latent.shape[1:]).to(latent.device)
         schedule = self._scheduler.noise
         noisy = schedule.add_noise(latent.float(), noise, timestep)
         target = schedule.target(latent.float(), noise, timestep)

@@ -100,7 +100,7 @@ class Train:
 
     def _drop(self, features: Features, parts: Parts, draws: Draws) -> Features:
         """Drop text and image of some rows, so that guidance has an unconditional prediction to use."""
-        chances = torch.stack([torch.rand(2, generator=generator) for generator in draws.of("dropout")])
+        chances = draws.uniform("dropout", (2,))
         text = chances[:, 0] < self._config.text_dropout
         image = chances[:, 1] < self._config.image_dropout
         if text.any():

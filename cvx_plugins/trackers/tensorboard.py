@@ -27,8 +27,11 @@ class Tensorboard:
         self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        """Show numbers of a step, all in one event."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        shown = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._writer.file_writer.add_summary(Summary(value=shown), step)
 
     def video(self, step: int, name: str, path: Path) -> None:
         """Show a video as a gif, which is what event files hold of moving pictures."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cvx_core import CvxError, RecipeError
-from cvx_plugins.tasks import loop
+from cvx_plugins.tasks import guards, loop
 
 BROKEN = "transformer_blocks.1.ff.net.2"
 
@@ -120,3 +120,23 @@ def test_a_limit_without_skipping_is_refused(tiny, launch):
     tiny["task"]["skip_limit"] = 3
     with pytest.raises(RecipeError, match="skip_limit has no meaning with non_finite: stop"):
         launch(tiny)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_a_change_of_any_watched_value_is_seen(place):
+    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((300,), (4, 5), (2, 2))]
+    params[1].data = params[1].data.t()  # not contiguous
+    optimizer = torch.optim.SGD(params)
+    changed = guards.Changed(params, optimizer)
+    assert not changed
+    with torch.no_grad():
+        params[place].view(-1 if place != 1 else (5, 4))[-1 if place else 255] += 1e-6
+    assert changed
+
+
+def test_a_master_of_another_size_than_before_is_a_change():
+    params = [torch.nn.Parameter(torch.zeros(size, dtype=torch.bfloat16)) for size in (3, 2)]
+    optimizer = torch.optim.SGD(params)
+    changed = guards.Changed(params, optimizer)
+    optimizer.state[params[1]]["master"] = torch.zeros(1)
+    assert changed
