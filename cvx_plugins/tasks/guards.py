@@ -26,11 +26,8 @@ class Seen(NamedTuple):
     cause: str
 
 
-def look(work: Work, module: nn.Module, again: Callable[[], Any], drawn: Sequence[str]) -> Seen:
-    """Return where values that are not finite come from. again: runs the batch once more.
-
-    drawn: what was drawn for each row of this rank, such as its timestep.
-    """
+def look(work: Work, module: nn.Module, again: Callable[[], Any], rows: tuple[str, ...]) -> Seen:
+    """Return where values that are not finite come from. again: runs the batch once more; rows: `named`."""
     features = work.features._asdict() if work.features is not None else {}
     bad = [name for name, value in features.items() if not _finite(value)]
     with first_bad(module) as found:
@@ -41,16 +38,12 @@ def look(work: Work, module: nn.Module, again: Callable[[], Any], drawn: Sequenc
         cause = f"it begins in {found[0]}"
     else:
         cause = "no module made it of finite values, so it begins in what they are given, or in the loss"
-    return Seen(tuple(map(_named, work.batch.rows, drawn)), cause)
+    return Seen(rows, cause)
 
 
 def told(mine: Seen | None, mesh: Mesh) -> str:
     """Return what the ranks found whose own loss is not finite. Collective over the world."""
-    everyone: list[Any] = [mine]
-    if mesh.degrees.world > 1:
-        everyone *= mesh.degrees.world
-        dist.all_gather_object(everyone, mine)
-    seen = [one for one in everyone if one is not None]
+    seen = [one for one in _of_all(mine, mesh) if one is not None]
     rows = dict.fromkeys(row for one in seen for row in one.rows)
     causes = dict.fromkeys(one.cause for one in seen)
     return f"{'; '.join(causes) or 'the mean of finite losses is too large'}. Rows: {', '.join(rows)}"
@@ -81,18 +74,27 @@ def first_bad(module: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
-def bad_gradients(named: Sequence[tuple[str, Tensor]], mesh: Mesh) -> str:
-    """Return which gradients are not finite. Collective over the world."""
-    bad = [name for name, p in named if p.grad is not None and not _finite(local(p.grad))]
-    everyone: list[Any] = [bad]
+def bad_gradients(params: Sequence[tuple[str, Tensor]], rows: tuple[str, ...], mesh: Mesh) -> str:
+    """Return which gradients are not finite, and the rows of the step. Collective over the world.
+
+    Gradients are averages by now, so that no rank's rows are more to blame than another's.
+    """
+    bad = [name for name, p in params if p.grad is not None and not _finite(local(p.grad))]
+    everyone = _of_all((bad, rows), mesh)
+    found = {name for names, _ in everyone for name in names}
+    order = [name for name, _ in params if name in found] or sorted(found)
+    cause = "the norm of the gradients is too large for its precision"
+    if order:
+        cause = f"{len(found)} gradients are not finite, first on the way back that of {order[-1]!r}"
+    return f"{cause}. Rows: {', '.join(dict.fromkeys(row for _, some in everyone for row in some))}"
+
+
+def _of_all(mine: Any, mesh: Mesh) -> list[Any]:
+    """Return what every rank has. Collective over the world."""
+    everyone = [mine] * mesh.degrees.world
     if mesh.degrees.world > 1:
-        everyone *= mesh.degrees.world
-        dist.all_gather_object(everyone, bad)
-    found = set().union(*everyone)
-    order = [name for name, _ in named if name in found] or sorted(found)
-    if not order:
-        return "their norm is too large for its precision"
-    return f"{len(found)} gradients are not finite, first on the way back that of {order[-1]!r}"
+        dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 class Changed:
@@ -135,7 +137,8 @@ def _finite(value: Any) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
-def _named(row: Row, drawn: str) -> str:
+def named(row: Row, drawn: str) -> str:
+    """Return a row with its file and what was drawn for it, such as a timestep."""
     facts = [str(row.video)] if row.video is not None else []
     facts += [drawn] if drawn else []
     return f"{row.id} ({', '.join(facts)})" if facts else row.id

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from cvx_core import device as devices
 from cvx_core.collecting import Collecting
 from cvx_core.errors import CvxError
-from cvx_core.interfaces import Parts, Work
+from cvx_core.interfaces import Batch, Parts, Work
 from cvx_core.random import Draws, keyed_seed
 from cvx_core.spec import Spec
 from cvx_io import resume
@@ -50,14 +50,15 @@ MOST_RANKS = 4096
 
 
 class Done(NamedTuple):
-    """The batches of one step: the cursor after them, their mean loss, their rows, those of all ranks, and
-    why no step can be made of them.
+    """The batches of one step: the cursor after them, their mean loss, their rows, those of all ranks, why no
+    step can be made of them, and themselves without what they hold.
     """
 
     cursor: Cursor
     loss: float
     rows: list[str]
     fault: str | None
+    works: list[Work]
 
 
 class Loop:
@@ -123,7 +124,7 @@ class Loop:
                 saver.check()
                 done = self._accumulate(stream, step, step_function, loader)
                 cursor, rows = done.cursor, done.rows
-                norm, fault = self._update(step, done.fault)
+                norm, fault = self._update(step, done)
                 step += 1
                 if self._ema is not None:
                     self._ema.update(step)
@@ -191,7 +192,7 @@ class Loop:
         """Run the batches of one optimizer step. Raises CvxError where a loss is not finite, unless such
         steps are left out.
         """
-        total, rows, faults = 0.0, [], []
+        total, rows, faults, works = 0.0, [], [], []
         for k in range(self._config.accumulate):
             self._mark(f"step {step + 1} (data)")
             work = next(stream)
@@ -200,13 +201,22 @@ class Loop:
             loss = float(self._mean(own.clone()))
             if not math.isfinite(loss):
                 again = partial(self._run, step_function, work, k)
-                seen = guards.look(work, self._module, again, self._drawn(work))
+                seen = guards.look(work, self._module, again, self._rows_of([work]))
                 told = guards.told(None if math.isfinite(float(own)) else seen, self._mesh)
                 faults.append(f"the loss is {loss}: {told}")
                 self._refuse(step, faults[0])
             total += loss / self._config.accumulate
             rows += [row.id for row in loader.rows_before(work.cursor)]
-        return Done(work.cursor, total, rows, faults[0] if faults else None)
+            works.append(Work(work.cursor, Batch(work.batch.rows, work.batch.prompts), work.draws))
+        return Done(work.cursor, total, rows, faults[0] if faults else None, works)
+
+    def _rows_of(self, works: Sequence[Work]) -> tuple[str, ...]:
+        """Return this rank's rows, with their files and what was drawn for each."""
+        return tuple(
+            guards.named(row, drawn)
+            for work in works
+            for row, drawn in zip(work.batch.rows, self._drawn(work), strict=True)
+        )
 
     def _run(self, step_function: StepFunction, work: Work, k: int) -> Tensor:
         """Run batch k of a step; return this rank's loss."""
@@ -260,11 +270,9 @@ class Loop:
             loss = loss / self._mesh.size("batch")
         return loss
 
-    def _update(self, step: int, fault: str | None) -> tuple[float | None, str | None]:
-        """Clip, step and clear the gradients; return the norm before clipping, or why nothing was done.
-
-        fault: why the step cannot be made, if that is known before.
-        """
+    def _update(self, step: int, done: Done) -> tuple[float | None, str | None]:
+        """Clip, step and clear the gradients; return the norm before clipping, or why nothing was done."""
+        fault = done.fault
         for group in self._optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_scale(step, self._config)
         self._after_backward()
@@ -273,7 +281,7 @@ class Loop:
         norm = float(total)
         if fault is None and not math.isfinite(norm):
             named = [(name, holder) for (name, _), holder in zip(self._named, gradients, strict=True)]
-            fault = guards.bad_gradients(named, self._mesh)
+            fault = guards.bad_gradients(named, self._rows_of(done.works), self._mesh)
             self._refuse(step, fault)
         if fault is not None:
             self._optimizer.zero_grad(set_to_none=True)

@@ -1,5 +1,7 @@
 """Values that are not finite are named where they begin; the run stops, or leaves out and counts the step."""
 
+import re
+
 import pytest
 import torch
 
@@ -74,8 +76,13 @@ def test_gradients_name_where_they_begin_on_the_way_back(tiny, launch, broken_at
         output.register_hook(lambda gradient: gradient * float("nan"))
 
     broken_at(2, how=how)
-    with pytest.raises(CvxError, match=rf"^step 2: \d+ gradients are not finite, .* '{BROKEN}\.bias'"):
+    tiny["task"]["accumulate"] = 2
+    with pytest.raises(
+        CvxError, match=rf"^step 2: \d+ gradients are not finite, .* '{BROKEN}\.bias'"
+    ) as told:
         launch(tiny)
+    listed = re.search(r"Rows: (.*)\. Nothing", str(told.value)).group(1)
+    assert re.fullmatch(r"(synthetic-\d+ \(timestep \d+\)(, )?){4}", listed), listed
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
