@@ -9,7 +9,7 @@ from typing import Any
 
 from cvx_core.interfaces import Clip
 from cvx_plugins.readers.decord_limits import obstacles
-from cvx_plugins.readers.index import scan
+from cvx_plugins.readers.index import scan, scan_open
 from cvx_plugins.readers.pyav_reader import PyavReader
 
 logger = logging.getLogger("cvx.readers")
@@ -34,10 +34,13 @@ class AutoReader:
 
     def open(self, path: Path) -> Clip:
         """Return an open clip. Raises FormatError where the file is no readable video."""
-        index = scan(Path(path))
-        if self.chosen is not self.pyav and (found := obstacles(index)):
+        if self.chosen is self.pyav:
+            return self.pyav.open(path)
+        index, container = scan_open(Path(path))
+        if found := obstacles(index):
             logger.debug("%s: read by pyav, for it has %s", path, " and ".join(found))
-            return self.pyav.open_index(index)
+            return self.pyav.open_index(index, container)
+        container.close()
         return self.chosen.open_index(index)
 
     def check(self, path: Path) -> None:

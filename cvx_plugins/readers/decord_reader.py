@@ -41,7 +41,7 @@ class DecordReader:
 
     def check(self, path: Path) -> None:
         """Raise FormatError where a frame is damaged, which decord does not tell."""
-        pyav_reader.check(scan(Path(path)))
+        pyav_reader.check(Path(path))
 
 
 class DecordClip:

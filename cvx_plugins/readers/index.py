@@ -92,11 +92,29 @@ class Packet(NamedTuple):
 
 def scan(path: Path) -> Index:
     """Return the index of a file. Raises FormatError where it is missing, no video, truncated or damaged."""
+    index, container = scan_open(path)
+    container.close()
+    return index
+
+
+def scan_open(path: Path) -> tuple[Index, Any]:
+    """Return the index of a file, and its container, which was read to its end. Raises as `scan` does."""
     if not is_there(path):
         raise FormatError(f"{path}: no such video file. Check the path in the dataset's index.")
     if num_bytes(path) == 0:
         raise FormatError(f"{path}: the file is empty. Copy or download it again.")
-    with explained(path), av.open(address(path)) as container:
+    with explained(path):
+        container = av.open(address(path))
+    try:
+        return _indexed(container, path), container
+    except BaseException:
+        container.close()
+        raise
+
+
+def _indexed(container: Any, path: Path) -> Index:
+    """Read all packets of an open container; return what they say."""
+    with explained(path):
         stream = video_stream(container, path)
         stream.codec_context.thread_count = 1  # more would decode several frames to give one
         packets, frame = _packets(container, stream, path)

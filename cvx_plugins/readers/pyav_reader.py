@@ -12,7 +12,7 @@ from av.video.reformatter import VideoReformatter
 
 from cvx_core.errors import FormatError
 from cvx_io.members import address
-from cvx_plugins.readers.index import Index, explained, scan, video_stream
+from cvx_plugins.readers.index import Index, explained, scan_open, video_stream
 
 
 class PyavReader:
@@ -25,17 +25,17 @@ class PyavReader:
 
     def open(self, path: Path) -> PyavClip:
         """Return an open clip. Raises FormatError where the file is no readable video."""
-        return self.open_index(scan(Path(path)))
+        return PyavClip(*scan_open(Path(path)), self.threads)
 
-    def open_index(self, index: Index) -> PyavClip:
-        """Return an open clip of an indexed file."""
-        return PyavClip(index, self.threads)
+    def open_index(self, index: Index, container: Any) -> PyavClip:
+        """Return an open clip of an indexed file and its container."""
+        return PyavClip(index, container, self.threads)
 
 
 class PyavClip:
     """An open file. Reading on from the last frame costs no seek."""
 
-    def __init__(self, index: Index, threads: int):
+    def __init__(self, index: Index, container: Any, threads: int):
         self.num_frames, self.fps = index.num_frames, index.fps
         self.height, self.width = index.height, index.width
         self.times = index.times
@@ -43,10 +43,11 @@ class PyavClip:
         self._threads = threads
         self._ordinals = None if index.pts is None else {pts: i for i, pts in enumerate(index.pts)}
         self._reformatter = VideoReformatter()
-        self._container: Any = None
+        self._container = container
         self._decoded: Iterator[tuple[int, Any]] = iter(())  # frames to come, with their ordinals
         self._current: tuple[int, Any] = (-1, None)  # the last of them taken
-        self._open()
+        if threads != 1:  # those that a container was scanned with
+            self._open()
 
     def frames(self, indices: Sequence[int]) -> np.ndarray:
         """Return the frames (len(indices),height,width,3) uint8; indices ascend and may repeat.
@@ -123,7 +124,7 @@ class PyavClip:
     def _packets_from(self, key: int) -> Iterator[Any]:
         """Return the packets from a point at or before frame `key` at which decoding can start."""
         pts = self._index.pts
-        for start in reversed([k for k in self._index.keys if 0 < k <= key]):
+        for start in reversed([k for k in self._index.keys if k <= key] if pts is not None else []):
             assert pts is not None
             stream = video_stream(self._container, self._index.path)
             self._container.seek(pts[start], stream=stream)
@@ -146,9 +147,9 @@ class PyavClip:
         return pixels
 
 
-def check(index: Index) -> None:
+def check(path: Path) -> None:
     """Decode a whole file. Raises FormatError at a frame that is damaged or missing."""
-    clip = PyavClip(index, threads=1)
+    clip = PyavReader().open(path)
     try:
         for ordinal in range(clip.num_frames):
             clip.decode(ordinal)

@@ -48,7 +48,7 @@ class TorchcodecReader:
 
     def check(self, path: Path) -> None:
         """Raise FormatError where a frame is damaged, which torchcodec does not tell."""
-        pyav_reader.check(scan(Path(path)))
+        pyav_reader.check(Path(path))
 
 
 class TorchcodecClip:
