@@ -53,7 +53,9 @@ def ids(loader: Loader, epoch: int) -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize("lists", [600, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_random_lists_keep_every_law(lists: int) -> None:
-    """Every clip is accounted for, once; a step is of one bucket on all ranks; chance is what is stated."""
+    """Every clip is accounted for, once; a step is of one bucket on all ranks; chance is what is stated; a
+    run that is resumed reads what it would have read.
+    """
     offered: Counter[str] = Counter()
     kept: Counter[str] = Counter()
     for number in range(lists):
@@ -90,6 +92,11 @@ def test_random_lists_keep_every_law(lists: int) -> None:
             [one] = bucket
             assert {of[r.id] for loader in ranks for r in loader.rows_at(cursor)} == {one.name}
             assert sizes == {one.batch} if settings["drop_last"] else max(sizes) <= one.batch
+        if account.batches:
+            at = Cursor(epoch, draw.randrange(account.batches))
+            again = Loader(rows, nothing, **settings)
+            rest = [tuple(row.id for row in batch.rows) for _, batch in again.iterate(at, epochs=epoch + 1)]
+            assert rest == ids(first, epoch)[at.index :], "a run that stops within an epoch goes on there"
         for index, offer in enumerate(sorting.offers):
             place = sorting.place(index, rows[index].id, settings["seed"], epoch)
             for bucket_number in offer.buckets:

@@ -36,7 +36,7 @@ text_encoder: {use: t5, num_layers: 1, dim: 16, num_heads: 2, max_length: 4, tok
 autoencoder: {use: cogvideox-vae, latent_channels: 4, base_channels: 8, blocks_per_level: 1}
 dataset: {use: synthetic, rows: 7}
 optimizer: {use: adamw, lr: 1e-3}
-task: {use: train, steps: 80, schedule: cosine, trackers: [], save_every: 1, resume: auto}
+task: {use: train, steps: 80, schedule: cosine, ema: {decay: 0.9}, trackers: [], save_every: 1, resume: auto}
 """
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["cvx_core.testing.preload"])
@@ -109,7 +109,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     drawn = random.Random(SEED)
     story = [f"seed {SEED}"]
     checkpoints = tmp_path / "hit" / "checkpoints"
-    kills = 0
+    kills = in_a_save = 0
     while kills < KILLS:
         beside, steps, wait_s = drawn.random() < 0.5, drawn.randint(0, MOST_STEPS), drawn.uniform(0, MOST_S)
         there = resume.complete(checkpoints)
@@ -126,6 +126,8 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
         process.join()
         assert process.exitcode == -signal.SIGKILL, story
         kills += 1
+        in_a_save += any(checkpoints.glob(".step-*"))
+    assert in_a_save, "no kill hit a save"
     there = resume.complete(checkpoints)[-1].name
     assert there < f"step-{STEPS:08d}", story
     process, goes_on, told = start(argv("hit"))
