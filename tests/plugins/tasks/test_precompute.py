@@ -29,7 +29,7 @@ from cvx_io.cache import __main__ as command
 from cvx_io.cache.items import items_in
 from cvx_io.video_write import write_mp4
 from cvx_plugins.plan.figures import planned
-from cvx_plugins.tasks import precompute
+from cvx_plugins.tasks import origins, precompute
 from cvx_plugins.tasks.rows import make_loader
 
 
@@ -220,6 +220,18 @@ def test_other_weights_encode_what_they_encode_and_the_same_elsewhere_nothing(
     assert encoded(folder) == {"latent": 3}
     assert why(folder) == {"latent": {"autoencoder weights changed": 3}}
     launch({**cached, "autoencoder": made["autoencoder"]})
+
+
+def test_another_version_of_the_code_encodes_all_again(recipes, launch, monkeypatch):
+    made, cached, _ = recipes()
+    folder = launch(made)
+    monkeypatch.setattr(origins, "CODE", origins.CODE + 1)
+    with pytest.raises(FormatError, match=r"stale.*\n  .*code"):
+        launch(cached)
+    launch(made)
+    assert encoded(folder) == {"latent": 3, "text": 5}
+    assert all("code" in reason for kind in why(folder).values() for reason in kind)
+    launch(cached)
 
 
 def test_recipes_need_not_state_the_encoders_to_train_from_a_cache(recipes, launch, log_of):
