@@ -101,7 +101,7 @@ def synchronize(device: torch.device) -> None:
     import torch
 
     if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+        getattr(torch, device.type).synchronize(device)
 
 
 def seed(device: torch.device, value: int) -> None:

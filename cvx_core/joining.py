@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from cvx_core.device import TABLE
 from cvx_core.errors import CvxError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import Store
 
+T = TypeVar("T")
 LATER_S = 30.0
 """By how much a collective waits longer than the watch, which can say who is missing."""
 
@@ -43,11 +45,13 @@ def joined(world: World, spec: Spec, device: torch.device) -> Iterator[Callable[
     if device.type != "cpu":
         getattr(torch, device.type).set_device(device)
     timeout_s = spec.run.timeout_s
-    store: Any = _store(timeout_s)
-    everyone = preflight(dist.PrefixStore("preflight", store), facts(spec, world, device), world, timeout_s)
+    store: Any = _in_time(timeout_s + LATER_S, lambda: _store(timeout_s))
+    mine, asked = facts(spec, world, device), dist.PrefixStore("preflight", store)
+    everyone = _in_time(timeout_s + LATER_S, lambda: preflight(asked, mine, world, timeout_s))
     names = [f"rank {one.rank} ({one.host}, process {one.pid})" for one in everyone]
     speaks = world.local_rank == 0 or world.rank == 1
-    watch = Watch(_first_ranks_store(store, world, timeout_s), world.rank, names, timeout_s, speaks)
+    own = _in_time(timeout_s + LATER_S, lambda: _first_ranks_store(store, world, timeout_s))
+    watch = Watch(own, world.rank, names, timeout_s, speaks)
     watch.start()
     try:
         dist.init_process_group(
@@ -65,6 +69,35 @@ def joined(world: World, spec: Spec, device: torch.device) -> Iterator[Callable[
             raise
         raise final from error
     watch.end()
+
+
+def _in_time(limit_s: float, ask: Callable[[], T]) -> T:
+    """Return what ask() returns or raise what it raises, in a thread of its own: a store on a host that is
+    stopped or has vanished leaves calls without an answer, whatever timeout they were given.
+
+    Raises CvxError where nothing has come after limit_s.
+    """
+    came: list[tuple[T | None, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            came.append((ask(), None))
+        except BaseException as error:
+            came.append((None, error))
+
+    thread = threading.Thread(target=run, name="cvx-join", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if not came:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise CvxError(
+            f"the store of this run at {where} has not answered for {limit_s:g} s. Look at the process that "
+            "holds it: rank 0, or its launcher."
+        )
+    value, error = came[0]
+    if error is not None:
+        raise error
+    return cast("T", value)
 
 
 def _store(timeout_s: float) -> Store:

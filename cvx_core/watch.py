@@ -1,7 +1,7 @@
 """While ranks run: each shows signs of life in a key-value store that the first one holds, and watches.
 
-A rank that dies, fails or stands still is named, and all the others end. One thread per rank; it needs no
-collective, so it speaks while the main thread waits in one.
+A rank that dies, fails or stands still is named, and all the others end. Two threads per rank; they need no
+collective, so they speak while the main thread waits in one.
 """
 
 from __future__ import annotations
@@ -13,98 +13,29 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 from cvx_core.errors import CvxError, SaidError
-
-Status = Literal["running", "torn", "failed", "done"]
-"""torn: a collective failed, so a peer may be gone; failed: of its own fault."""
+from cvx_core.judge import Beat, Judge, Status
 
 BEAT_S = 0.5
-SILENT_S = 20.0
-"""Seconds without a sign of life after which a rank is gone; where collectives fail already, TORN_S."""
-TORN_S = 3.0
 GRACE_S = 8.0
 """Seconds that a rank whose collective failed waits for the first to name the one at fault."""
+LAST_BEATS = 4
+"""For how many beats a rank that fails goes on, so that the others hear why."""
 _SIGNS = ("gloo", "nccl", "hccl", "connection", "timed out", "process group", "broken pipe", "socket")
 
 
-@dataclass(frozen=True)
-class Beat:
-    """A sign of life. count: grows with each; progress, what: the latest mark; at: where the main thread is;
-    waits: whether that is inside communication.
-    """
-
-    count: int = 0
-    progress: int = 0
-    what: str = ""
-    at: str = ""
-    waits: bool = False
-    status: Status = "running"
-    why: str = ""
-
-
-class Judge:
-    """Tells from beats which ranks are at fault. names: by rank, for messages. Knows no clock of its own."""
-
-    def __init__(self, names: Sequence[str], timeout_s: float):
-        self._names, self._timeout_s = names, timeout_s
-        self._beats: dict[int, Beat] = {}
-        self._beat_at: dict[int, float] = {}
-        self._progress_at: dict[int, float] = {}
-
-    def see(self, rank: int, beat: Beat, now: float) -> None:
-        """Take in a rank's newest beat, which may be the one seen before."""
-        before = self._beats.get(rank)
-        if before is None or before.count != beat.count:
-            self._beat_at[rank] = now
-        if before is None or before.progress != beat.progress:
-            self._progress_at[rank] = now
-        self._beats[rank] = beat
-
-    def verdict(self, now: float) -> str | None:
-        """Return who is at fault and how, in a sentence for each, or None."""
-        running = {rank: beat for rank, beat in self._beats.items() if beat.status != "done"}
-        failed = [rank for rank, beat in running.items() if beat.status == "failed"]
-        if failed:
-            return " ".join(f"{self._names[rank]} failed: {running[rank].why}." for rank in failed)
-        torn = any(beat.status == "torn" for beat in running.values())
-        silent_s = min(TORN_S if torn else SILENT_S, self._timeout_s)
-        silent = [rank for rank in running if now - self._beat_at[rank] > silent_s]
-        if silent:
-            return " ".join(self._gone(rank, now) for rank in silent)
-        return self._stalled(running, now)
-
-    def _gone(self, rank: int, now: float) -> str:
-        what = self._beats[rank].what
-        after = f", last in {what}" if what else ""
-        return f"{self._names[rank]} is gone: not heard of for {now - self._beat_at[rank]:.0f} s{after}."
-
-    def _stalled(self, running: dict[int, Beat], now: float) -> str | None:
-        """Name the ranks furthest behind where some have stood too long; those with no mark may."""
-        marked = {rank: beat for rank, beat in running.items() if beat.what}
-        still = {r: beat for r, beat in marked.items() if now - self._progress_at[r] > self._timeout_s}
-        if not still:
-            return None
-        least = min(beat.progress for beat in still.values())
-        behind = {rank: beat for rank, beat in still.items() if beat.progress == least}
-        busy = {rank: beat for rank, beat in behind.items() if not beat.waits} or behind
-        return " ".join(
-            f"{self._names[rank]} has stood still for {now - self._progress_at[rank]:.0f} s "
-            f"in {beat.what}, at {beat.at}."
-            for rank, beat in busy.items()
-        )
-
-
 class Watch:
-    """This rank's signs of life, and on the first rank the judge of all. A context; ends with the run.
+    """This rank's signs of life, and on the first rank the judge of all. Ends with the run.
 
-    store: set, multi_get; of its own, since a thread uses it. names: by rank, for messages. speaks: whether
-    this rank may print for its host. leave: how the process ends.
+    One thread talks with the store: where the first rank stops or its host vanishes, a call to it never
+    returns, so no other thread makes any. The other, the guard, looks at what has come and ends the process.
+
+    store: set, compare_set, multi_get; of its own, since a thread uses it. names: by rank, for messages.
+    speaks: whether this rank may print for its host. leave: how the process ends.
     """
 
     def __init__(
@@ -117,23 +48,26 @@ class Watch:
         leave: Callable[[int], Any] = os._exit,
     ):
         self._store, self._rank, self._names, self._speaks, self._leave = store, rank, names, speaks, leave
+        self._heard = range(len(names)) if rank == 0 else range(1)  # whose beats this rank reads
         self._judge = Judge(names, timeout_s)
         self._beat_s = min(BEAT_S, timeout_s / 10)
         self._count = self._progress = 0
         self._what, self._why = "", ""
         self._status: Status = "running"
+        self._verdict = ""  # as told, or on the first rank to tell
+        self._lost = False
         self._main = threading.get_ident()
-        self._ended = threading.Event()
-        self._first_is_done = False
-        self._thread = threading.Thread(target=self._run, name="cvx-watch", daemon=True)
+        self._wake, self._over, self._ended = threading.Event(), threading.Event(), threading.Event()
+        self._now = 0.0
+        self._talker = threading.Thread(target=self._talk, name="cvx-watch-talker", daemon=True)
+        self._guard = threading.Thread(target=self._look, name="cvx-watch-guard", daemon=True)
 
     def start(self) -> None:
-        """Begin, on all ranks; returns when every rank has given its first sign."""
-        self._send()
-        if self._rank == 0:
-            self._store.set("verdict", "")
-        self._store.wait([*(f"beat/{rank}" for rank in range(len(self._names))), "verdict"])
-        self._thread.start()
+        """Begin, on all ranks. Does not wait for the others: one that never shows a sign is named too."""
+        for rank in self._heard:
+            self._judge.see(rank, Beat(), self._now)
+        self._talker.start()
+        self._guard.start()
 
     def mark(self, what: str) -> None:
         """State that this rank gets on, and with what; "" for what may take as long as it likes."""
@@ -141,8 +75,13 @@ class Watch:
         self._progress += 1
 
     def end(self) -> None:
-        """Say that this rank is done; others may go on without it."""
-        self._finish("done", "")
+        """Say that this rank is done, and wait until all are: till then, one that dies or stops is named."""
+        self._status = "done"
+        self._wake.set()
+        self._over.wait()
+        self._ended.set()
+        self._wake.set()
+        self._talker.join(GRACE_S)
 
     def final(self, error: BaseException) -> BaseException:
         """Tell the others of an error that ends this rank; return the one to raise instead.
@@ -151,82 +90,115 @@ class Watch:
         """
         said = str(error) if isinstance(error, CvxError) else f"{type(error).__name__}: {error}"
         said = said.split("\n")[0].rstrip(".")
-        if _of_a_peer(error):
-            self._status = "torn"
-            with _no_signals():
+        with _no_signals():
+            if _of_a_peer(error):
+                self._status = "torn"
+                self._wake.set()
                 self._ended.wait(GRACE_S)
-        self._finish("failed", said)
+            self._status, self._why = "failed", said
+            self._ended.set()
+            self._wake.set()
+            self._talker.join(GRACE_S)  # which hangs where the store does
         if isinstance(error, CvxError) and self._rank > 0:
-            return SaidError(said) if self._first_says(said) else CvxError(f"rank {self._rank}: {error}")
+            first = self._judge.last(0)
+            same = first.status == "failed" and first.why == said
+            return SaidError(said) if same else CvxError(f"rank {self._rank}: {error}")
         return error
 
-    def _finish(self, status: Status, why: str) -> None:
-        self._ended.set()
-        self._thread.join()
-        self._status, self._why = status, why
-        with suppress(RuntimeError):  # the first rank and its store may be gone already
-            self._send()
-
-    def _first_says(self, said: str) -> bool:
-        """Tell whether the first rank ends with the same error; it gets a moment to say so."""
-        end = time.monotonic() + 4 * self._beat_s
-        with suppress(RuntimeError), _no_signals():
-            while time.monotonic() < end:
-                first = self._read(0)
-                if first.status == "failed":
-                    return first.why == said
-                time.sleep(self._beat_s / 5)
-        return False
-
-    def _run(self) -> None:
-        while not self._ended.wait(self._beat_s):
-            try:
+    def _talk(self) -> None:
+        """Show signs of life and read those of others, until the end; the only one to touch the store."""
+        try:
+            if self._rank == 0:
+                self._open()
+            while not self._ended.is_set():
+                self._wake.clear()
                 self._tick()
-            except RuntimeError:
-                if not self._ended.is_set() and not self._first_is_done:
-                    self._stop(
-                        f"{self._names[0]} is gone, and with it the store that it holds.", self._speaks
-                    )
-                return
+                self._wake.wait(self._beat_s / (5 if self._status == "left" else 1))
+            if self._status == "failed":
+                self._part()
+        except RuntimeError:  # what torch raises where a connection is closed
+            self._lost = True
+            if self._rank == 0 or self._judge.last(0).status == "left":
+                self._over.set()
+
+    def _open(self) -> None:
+        """Put something under each name, so that no later call waits for one."""
+        self._store.set("verdict", "")
+        for rank in range(len(self._names)):
+            self._store.compare_set(f"beat/{rank}", "", _packed(Beat()))
 
     def _tick(self) -> None:
         self._send()
-        now = time.monotonic()
         if self._rank == 0:
-            keys = [f"beat/{rank}" for rank in range(len(self._names))]
-            for rank, value in enumerate(self._store.multi_get(keys)):
-                self._judge.see(rank, Beat(**json.loads(value)), now)
-            if (verdict := self._judge.verdict(now)) is not None:
-                self._store.set("verdict", verdict)
-                self._stop(verdict, True)
-            return
-        first = self._read(0)
-        self._first_is_done = first.status == "done"
-        self._judge.see(0, first, now)
-        if self._status == "torn":
-            self._judge.see(self._rank, Beat(self._count, self._progress, status="torn"), now)
-        if self._store.get("verdict"):
-            self._stop("", False)
-        elif not self._first_is_done and (verdict := self._judge.verdict(now)) is not None:
-            self._stop(verdict, self._speaks)
+            self._store.set("verdict", self._verdict)
+        *beats, verdict = self._store.multi_get([*(f"beat/{rank}" for rank in self._heard), "verdict"])
+        self._verdict = verdict.decode() or self._verdict
+        for rank, beat in zip(self._heard, beats, strict=True):
+            self._judge.see(rank, Beat(**json.loads(beat)), self._now)
+        self._over_if_done()
+
+    def _part(self) -> None:
+        """Go on for a moment after a failure, until the others have heard of it, or failed themselves."""
+        end = time.monotonic() + LAST_BEATS * self._beat_s
+        self._tick()
+        while time.monotonic() < end and not self._others_are("failed", "done", "left"):
+            time.sleep(self._beat_s / 5)
+            self._tick()
+
+    def _over_if_done(self) -> None:
+        """Let end() return once all are done: the first says so by leaving, and goes when all have left."""
+        if self._status == "done" and self._others_are("done" if self._rank == 0 else "left", "left"):
+            self._status = "left"
+            self._send()
+        if self._status == "left" and self._others_are("left"):
+            self._over.set()
+
+    def _others_are(self, *status: Status) -> bool:
+        return all(self._judge.last(rank).status in status for rank in self._heard if rank != self._rank)
 
     def _send(self) -> None:
         self._count += 1
         at, waits = _where(self._main)
         beat = Beat(self._count, self._progress, self._what, at, waits, self._status, self._why)
-        self._store.set(f"beat/{self._rank}", json.dumps(vars(beat)))
+        self._store.set(f"beat/{self._rank}", _packed(beat))
 
-    def _read(self, rank: int) -> Beat:
-        return Beat(**json.loads(self._store.get(f"beat/{rank}")))
+    def _look(self) -> None:
+        """Guard: end the process as soon as somebody is at fault. Never waits for the store.
+
+        Its clock leaves out most of a time in which this process did not run itself: nobody is blamed for it.
+        """
+        before = time.monotonic()
+        while not self._ended.wait(self._beat_s / 2):
+            now = time.monotonic()
+            self._now += min(now - before, LAST_BEATS * self._beat_s)
+            before = now
+            if self._rank > 0 and self._verdict:
+                self._stop("", aloud=False)
+            elif (why := self._fault()) is not None:
+                self._stop(why, aloud=self._rank == 0 or self._speaks)
+
+    def _fault(self) -> str | None:
+        if self._rank == 0:
+            return self._judge.verdict(self._now)
+        if self._lost and self._judge.last(0).status != "left":
+            return f"{self._names[0]} is gone, and with it the store that it holds."
+        return self._judge.fallen(self._now, torn=self._status == "torn")
 
     def _stop(self, why: str, aloud: bool) -> None:
         """End this process, after giving the others time to read why."""
         if aloud:
             print(f"{why} All ranks stop.", file=sys.stderr, flush=True)
         if self._rank == 0:
-            time.sleep(4 * self._beat_s)
+            self._verdict = why
+            self._wake.set()
+            time.sleep(LAST_BEATS * self._beat_s)
         self._ended.set()
+        self._over.set()
         self._leave(1)
+
+
+def _packed(beat: Beat) -> str:
+    return json.dumps(vars(beat))
 
 
 def _of_a_peer(error: BaseException) -> bool:

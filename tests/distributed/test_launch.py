@@ -92,14 +92,9 @@ def test_a_killed_rank_is_named_all_stop_and_a_restart_ends_as_if_nothing_had_be
 
 def kill_rank_1(launchers: list[subprocess.Popen], out: Path) -> None:
     """Kill rank 1 after step 3; assert that all ends, that it is named, and that the launchers say so too."""
-    began = time.monotonic()
-    while not (out / "log.jsonl").exists() or len(lines(out)) < 3:
-        assert time.monotonic() - began < LIMIT_S
-        time.sleep(0.02)
+    wait_for_steps(out, 3)
     time.sleep(4 * BEAT_S)  # a rank is named with the step that it last spoke of
-    rank = next(
-        process for launcher in launchers for process in children(launcher.pid) if is_rank(process, 1)
-    )
+    rank = process_of(launchers, 1)
     os.kill(rank, signal.SIGKILL)
     killed = time.monotonic()
     said = "".join(end(launcher) for launcher in launchers)
@@ -107,6 +102,20 @@ def kill_rank_1(launchers: list[subprocess.Popen], out: Path) -> None:
     assert all(launcher.returncode != 0 for launcher in launchers)
     named = rf"rank 1 \(\S+, process {rank}\) is gone: not heard of for \d+ s, last in (saving )?step \d+"
     assert re.search(named, said), said
+
+
+def wait_for_steps(out: Path, count: int) -> None:
+    began = time.monotonic()
+    while not (out / "log.jsonl").exists() or len(lines(out)) < count:
+        assert time.monotonic() - began < LIMIT_S
+        time.sleep(0.02)
+
+
+def process_of(launchers: list[subprocess.Popen], rank: int) -> int:
+    """Return the process of a rank among those that launchers have started."""
+    return next(
+        process for launcher in launchers for process in children(launcher.pid) if is_rank(process, rank)
+    )
 
 
 def children(process: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Meshes that cannot be: refused before any group forms, with numbers, a remedy and the line."""
+"""Meshes that cannot be: refused before any rank looks for another, with numbers, a remedy and the line."""
 
 import re
 
@@ -209,8 +209,31 @@ def recipe(entries: list[str], base: str) -> str:
     )
 
 
+class MeetingError(Exception):
+    """Raised where a run looks for the other processes."""
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """Return what makes this process one of 8, raising MeetingError at a store or a group."""
+
+    def met(*_args, **_options):
+        raise MeetingError
+
+    for name in ("rendezvous", "init_process_group", "TCPStore", "FileStore", "HashStore", "PrefixStore"):
+        monkeypatch.setattr(dist, name, met)
+
+    def become(rank):
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 8, **address}.items():
+            monkeypatch.setenv(name, str(value))
+
+    return become
+
+
 @pytest.mark.parametrize("name", WRONG)
-def test_refused(name, tmp_path, capsys):
+def test_refused(name, tmp_path, capsys, as_rank):
+    """By each rank for itself, in the words in which `--check` refuses without any."""
     entries, fault, says, *rest = WRONG[name]
     base = rest[0] if rest else TRAIN
     path = tmp_path / "r.yaml"
@@ -225,10 +248,13 @@ def test_refused(name, tmp_path, capsys):
     assert where is not None, problem
     if fault is not None:
         assert (where[1], where[2]) == (str(fault + 2), f"[{fault}]"), problem
-    assert not dist.is_initialized()
+    for rank in (0, 7):
+        as_rank(rank)
+        assert run.main([str(path), *settings]) == 2
+        assert capsys.readouterr().err == error
 
 
-def test_the_same_recipes_without_fault_are_taken(tmp_path, capsys):
+def test_the_same_recipes_without_fault_are_taken(tmp_path, capsys, as_rank):
     path = tmp_path / "r.yaml"
     for entries, mesh in (
         (["ddp"], "dp_replicate 8"),
@@ -242,3 +268,6 @@ def test_the_same_recipes_without_fault_are_taken(tmp_path, capsys):
         path.write_text(recipe(entries, TRAIN))
         assert run.main([str(path), "--check", "--world", "8"]) == 0, capsys.readouterr().err
         assert f": {mesh} = 8 processes" in capsys.readouterr().out
+        as_rank(7)
+        with pytest.raises(MeetingError):
+            run.main([str(path)])

@@ -277,6 +277,24 @@ OTHERS = (
     ),
     Row(
         "Processes",
+        "a rank that is stopped, also the one that holds the store",
+        "the others name it and end in time",
+        "tests/distributed/test_stopped.py::test_the_other_rank_names_it_and_ends",
+    ),
+    Row(
+        "Processes",
+        "a launcher told to end while a rank is stopped",
+        "the others end of their own accord",
+        "tests/distributed/test_stopped.py::test_a_stopped_rank_keeps_no_run_going",
+    ),
+    Row(
+        "Processes",
+        "a store that takes connections but does not answer",
+        "an error that says where it is, in time",
+        "tests/core/test_joining.py::test_a_store_that_takes_connections_but_never_answers_is_an_error",
+    ),
+    Row(
+        "Processes",
         "an interrupt",
         "the run saves and stops after the step",
         f"{TASKS}/test_train.py::test_an_interrupt_saves_and_stops_after_the_step",
