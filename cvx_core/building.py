@@ -11,7 +11,7 @@ from cvx_core import device as devices
 from cvx_core import precision
 from cvx_core.errors import PluginError
 from cvx_core.interfaces import Deps, Parts
-from cvx_core.mesh import Mesh, solve
+from cvx_core.mesh import Mesh
 from cvx_core.registry import Choice
 from cvx_core.spec import Spec
 from cvx_core.world import World
@@ -28,7 +28,7 @@ def build(spec: Spec) -> Parts:
     """
     world = World.stated()
     device = devices.pick(spec.run.device, world.local_rank)
-    mesh = Mesh(solve(spec.requests, world.size), world.rank, device.type)
+    mesh = Mesh(spec.mesh(world.size), world.rank, device.type)
     dtype = devices.dtype(spec.run.dtype, device, precision.usual(spec))
     deps = Deps(spec)
     made: dict[str, Any] = {

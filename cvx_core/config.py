@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
@@ -48,10 +48,21 @@ class Config(BaseModel):
 
     nested: ClassVar[Mapping[str, str]] = {}
     listed: ClassVar[Mapping[str, str]] = {}
+    foreign: ClassVar[Mapping[str, str]] = {}
+    """{field that others have where this has none: why, and what to do instead}"""
+    also_called: ClassVar[Mapping[str, str]] = {}
+    """{name that others give to this: what to write here}, for a component that is looked for under it"""
 
     def check(self, spec: Spec) -> Iterable[Problem]:
         """Yield the problems this component has with the rest of the recipe; paths are relative to it."""
         return ()
+
+    def limits(self, spec: Spec) -> Mapping[str, Container[int]]:
+        """Return {axis of the mesh, or axes used as one: numbers of ranks that this component goes with}.
+
+        Proposals keep to them, where a mesh does not multiply out; it is `check` that refuses other numbers.
+        """
+        return {}
 
 
 class PathField(NamedTuple):

@@ -163,7 +163,7 @@ class FieldReader:
 
     def _report(
         self,
-        model: type[BaseModel],
+        model: type[Config],
         address: Address,
         location: tuple[str | int, ...],
         details: list[ErrorDetails],
@@ -172,7 +172,9 @@ class FieldReader:
         """Add one problem for a field; it has several details where it may be of several types."""
         at, detail = (*address, *location), details[0]
         kind, got = detail["type"], detail.get("input")
-        if kind == "extra_forbidden":
+        if kind == "extra_forbidden" and location[0] in model.foreign and len(location) == 1:
+            self._problem(at, f"{who} has no such field: {model.foreign[str(location[0])]}")
+        elif kind == "extra_forbidden":
             options = _fields_at(model, location[:-1])
             self._problem(at, f"{who} has no such field.{did_you_mean(str(location[-1]), options)}")
         elif kind == "missing":
@@ -191,6 +193,8 @@ class FieldReader:
 def _expected(detail: ErrorDetails) -> str:
     if detail["type"] == "literal_error":
         return f"expected {detail['ctx']['expected']}"
+    if detail["type"] == "too_short":
+        return f"expected a list of at least {detail['ctx']['min_length']}"
     if detail["type"] in _EXPECTED:
         return f"expected {_EXPECTED[detail['type']]}"
     message = detail["msg"].replace("Input should be ", "expected a value ")

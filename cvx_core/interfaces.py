@@ -153,8 +153,9 @@ class Plan:
 
     blocks: name of the ModuleDict of blocks; attend: patterns of the modules with an `attend` slot; column,
     row: patterns of linear layers whose outputs or inputs are split over tensor-parallel ranks; lora: default
-    targets; head: modules that `head` uses, all others outside the blocks being those of `embed`. A pattern
-    is an FQN with * for one component.
+    targets; head: modules that `head` uses, all others outside the blocks being those of `embed`;
+    row_widths: inputs of the layers that each pattern of row names, () where the config does not know. A
+    pattern is an FQN with * for one component.
     """
 
     blocks: str
@@ -164,6 +165,7 @@ class Plan:
     row: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
+    row_widths: tuple[int, ...] = ()
 
 
 class Predictor(Protocol):

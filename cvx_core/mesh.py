@@ -1,32 +1,20 @@
-"""The device mesh: axes, degrees that multiply out to the world, and groups. No torch until one is made.
-
-Order, outermost (slowest links) to innermost: cfg, pp, dp_replicate, dp_shard, ring, ulysses, tp.
-"""
+"""The device mesh: degrees that multiply out to the world, and groups. No torch until one is made."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from cvx_core.degrees import AXES, DATA, JOINED, SEVERAL, Degrees, Limits, Request
 from cvx_core.errors import CvxError
+from cvx_core.proposals import factors, multiplied, proposed, said
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-AXES = ("cfg", "pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp")
-DATA = ("dp_replicate", "dp_shard")
-JOINED: Mapping[str, tuple[str, ...]] = {
-    "cp": ("ring", "ulysses"),
-    "fsdp": ("dp_shard", "ring", "ulysses"),
-    "batch": DATA,
-    "loss": (*DATA, "ring", "ulysses"),
-    "model": ("cfg", "pp", "ring", "ulysses", "tp"),
-}
-"""Axes that are used as one. batch: ranks that read different rows; loss: ranks whose gradients are averaged;
-fsdp: ranks that share parameters; model: ranks that see the same rows."""
+__all__ = ["AXES", "DATA", "JOINED", "SEVERAL", "Degrees", "Mesh", "MeshError", "Request", "check", "solve"]
 
 
 class MeshError(CvxError):
@@ -37,75 +25,27 @@ class MeshError(CvxError):
         self.owner = owner
 
 
-@dataclass(frozen=True)
-class Request:
-    """What one strategy asks for. degrees: {axis: ranks, None to take what is left}; a data axis that it
-    keeps at one rank comes before the one it uses.
+def solve(requests: Sequence[Request], world: int, limits: Limits = ()) -> Degrees:
+    """Return the degrees of a mesh of `world` ranks. Raises MeshError with the arithmetic and a way out.
+
+    limits: what the way out keeps to. Sizes that are asked for are not held against them here.
     """
-
-    name: str
-    degrees: Mapping[str, int | None]
-
-
-@dataclass(frozen=True)
-class Degrees:
-    """Ranks along each axis; an axis that is absent has one."""
-
-    sizes: Mapping[str, int] = field(default_factory=dict)
-
-    def size(self, axis: str) -> int:
-        """Return the ranks along an axis, or along axes that are used as one."""
-        return math.prod(self.sizes.get(name, 1) for name in JOINED.get(axis, (axis,)))
-
-    @property
-    def world(self) -> int:
-        """Ranks in all."""
-        return math.prod(self.sizes.values())
-
-    def coordinate(self, rank: int, axis: str) -> int:
-        """Return a rank's place along an axis, or along joined axes, the outer one counting first."""
-        place = {}
-        for name in reversed(AXES):
-            rank, place[name] = divmod(rank, self.sizes.get(name, 1))
-        result = 0
-        for name in JOINED.get(axis, (axis,)):
-            result = result * self.sizes.get(name, 1) + place[name]
-        return result
-
-    def __str__(self) -> str:
-        parts = [f"{name} {self.sizes[name]}" for name in AXES if self.sizes.get(name, 1) > 1]
-        return f"{' x '.join(parts)} = {self.world} processes" if parts else "one process"
-
-
-def solve(requests: Sequence[Request], world: int) -> Degrees:
-    """Return the degrees of a mesh of `world` ranks. Raises MeshError with the arithmetic and a way out."""
     check(requests)
+    if world < 1:
+        raise MeshError(f"a run has {world} processes. Give 1 or more.")
     if not requests and world > 1:
         raise MeshError(
             f"nothing says how {world} processes share the work. Add `parallel: [{{use: ddp}}]`, "
             "or start one process."
         )
-    stated = {axis: size for r in requests for axis, size in r.degrees.items() if size is not None}
-    open_axes = [axis for r in requests for axis, size in r.degrees.items() if size is None]
-    product = math.prod(stated.values())
-    if world % product == 0 and (open_axes or product == world):
-        return Degrees({**stated, **dict.fromkeys(open_axes, world // product)})
-    labels = _labels(requests)
-    factors = [f"{labels[axis]} {size}" for axis, size in stated.items() if size > 1]
-    arithmetic = " x ".join(factors) + (f" = {product}" if len(factors) > 1 else "")
-    fault = f"but there are {world} processes"
-    if open_axes:
-        fault = (
-            f"which does not divide {world} processes, so nothing whole is left for {labels[open_axes[0]]}"
-        )
-    if not factors:
-        arithmetic, fault = f"the mesh has one rank, but there are {world} processes", ""
-    near = nearest(requests, world)
-    changed = [axis for axis, size in near.sizes.items() if stated.get(axis, size) != size]
-    owners = {axis: index for index, r in enumerate(requests) for axis in r.degrees}
-    owner = owners[changed[0]] if len({owners[axis] for axis in changed}) == 1 else None
-    remedy = _remedy(requests, near, changed, labels, _other_worlds(product, world, bool(open_axes)))
-    raise MeshError(f"{', '.join(part for part in (arithmetic, fault) if part)}. {remedy}", owner)
+    if (found := multiplied(requests, world)) is not None:
+        return found
+    ways = proposed(requests, world, limits)
+    owners = {knob.owner for way in ways for knob in way.changes}
+    if not owners and not any(way.adds_ddp for way in ways):
+        owners = {knob.owner for knob, _, _ in factors(requests, world)}
+    owner = owners.pop() if len(owners) == 1 else None
+    raise MeshError(f"{_arithmetic(requests, world)}. {said(ways, world)}", owner)
 
 
 def check(requests: Sequence[Request]) -> None:
@@ -140,79 +80,20 @@ def check(requests: Sequence[Request]) -> None:
             takes = index if size is None else takes
 
 
-def nearest(requests: Sequence[Request], world: int) -> Degrees:
-    """Return the mesh of `world` ranks that changes the fewest of the sizes asked for, and these the least.
-
-    Where nobody owns the data axes, they count as one rank, and changing that is preferred. Requests are
-    checked.
-    """
-    kept = {axis for request in requests for axis in _kept(request)}
-    wanted = {axis: size for r in requests for axis, size in r.degrees.items() if axis not in kept}
-    cheap: tuple[str, ...] = ()
-    if not any(axis in wanted for axis in DATA):
-        wanted["dp_replicate"], cheap = 1, ("dp_replicate",)
-    best: dict[int, tuple[float, dict[str, int]]] = {1: (0.0, {})}  # by product of the axes seen so far
-    for axis, size in wanted.items():
-        following: dict[int, tuple[float, dict[str, int]]] = {}
-        for product, (cost, sizes) in best.items():
-            for other in _divisors(world // product):
-                extra = 0.0 if size in (None, other) else _change(axis, size or 1, other, axis in cheap)
-                step = (cost + extra, {**sizes, axis: other})
-                if product * other not in following or step[0] < following[product * other][0]:
-                    following[product * other] = step
-        best = following
-    return Degrees(best[world][1])
-
-
-def _change(axis: str, size: int, other: int, is_cheap: bool) -> float:
-    """Return what changing a size costs: any change more than any distance; of equal ones, data axes less."""
-    return (500.0 if is_cheap else 1000.0) + abs(math.log(other / size)) - (0.01 if axis in DATA else 0.0)
-
-
-def _kept(request: Request) -> list[str]:
-    """Return the data axes that a strategy owns only to keep others off: all but its last, of one rank."""
-    data = [axis for axis in request.degrees if axis in DATA]
-    return [axis for axis in data[:-1] if request.degrees[axis] == 1]
-
-
-def _labels(requests: Sequence[Request]) -> dict[str, str]:
-    """Return how a message names each axis: by its strategy, with the axis where the strategy has several."""
-    result = {}
-    for request in requests:
-        kept = _kept(request)
-        alone = len(request.degrees) - len(kept) == 1
-        for axis in request.degrees:
-            result[axis] = request.name if alone and axis not in kept else f"{request.name} {axis}"
-    return result
-
-
-def _remedy(
-    requests: Sequence[Request],
-    near: Degrees,
-    changed: Sequence[str],
-    labels: Mapping[str, str],
-    worlds: Sequence[int],
-) -> str:
-    """Return the nearest mesh as advice."""
-    asked = {axis for request in requests for axis in request.degrees}
-    steps = [f"{labels[axis]} to {near.sizes[axis]}" for axis in changed]
-    parts = [f"Set {' and '.join(steps)}"] if steps else []
-    if any(size > 1 and axis not in asked for axis, size in near.sizes.items()):
-        parts.append(f"{'add' if parts else 'Add'} `- {{use: ddp}}`")
-    noun = "process" if list(worlds) == [1] else "processes"
-    return f"{' and '.join(parts)}, or start {' or '.join(map(str, worlds))} {noun}."
-
-
-def _other_worlds(product: int, world: int, is_open: bool) -> list[int]:
-    """Return the numbers of processes nearest to `world` that would fit."""
-    if not is_open:
-        return [product]
-    below = world // product * product
-    return [number for number in (below, below + product) if number]
-
-
-def _divisors(number: int) -> Iterable[int]:
-    return (n for n in range(1, number + 1) if number % n == 0)
+def _arithmetic(requests: Sequence[Request], world: int) -> str:
+    """Return what the sizes multiply to, and what is wrong with it."""
+    found = factors(requests, world)
+    if not found:
+        return f"the mesh has one rank, but there are {world} processes"
+    product = math.prod(size for _, _, size in found)
+    text = " x ".join(f"{name} {size}" for _, name, size in found)
+    text += f" = {product}" if len(found) > 1 else ""
+    takes = [index for index, r in enumerate(requests) if None in r.degrees.values()]
+    if not takes:
+        return f"{text}, but there are {world} processes"
+    alone = {knob.owner for knob, _, _ in found} == set(takes)
+    rest = "" if alone else f", so nothing whole is left for {requests[takes[0]].name}"
+    return f"{text}, which does not divide {world} processes{rest}"
 
 
 class Mesh:

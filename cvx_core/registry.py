@@ -138,10 +138,15 @@ class Registry:
         if (kind, name) in self._components:
             return self._components[kind, name]
         names = self.names(kind)
-        message = f"no {kind} {name!r}.{did_you_mean(name, names)} Known: {', '.join(names) or 'none'}."
+        hint = self._hint(kind, name) or did_you_mean(name, names)
+        message = f"no {kind} {name!r}.{hint} Known: {', '.join(names) or 'none'}."
         for failure in self.failures:
             message += f" Plugin {failure.plugin!r} of {failure.package} failed to load: {failure.error}."
         raise PluginError(message)
+
+    def package(self, component: Component) -> str:
+        """Return the package that a component comes from."""
+        return self._packages[component.kind, component.name]
 
     def names(self, kind: str) -> list[str]:
         """Return the sorted names of a kind."""
@@ -167,6 +172,13 @@ class Registry:
         raise PluginError(
             f"{family!r} has no names in format {format.name!r}. It has them in: {', '.join(sorted(able))}."
         )
+
+    def _hint(self, kind: str, name: str) -> str:
+        """Return what to write for what others call so, "" where nothing is known."""
+        called: dict[str, str] = {}
+        for component, _ in self.all(kind):
+            called |= component.config.also_called if component.config is not None else {}
+        return f" Here that is {called[name]}." if name in called else ""
 
     def _add(self, component: Component, package: str) -> None:
         if component.kind not in KINDS:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from cvx_core.device import keep_freed_memory
 from cvx_core.disk import in_words
 from cvx_core.errors import CvxError, SaidError
-from cvx_core.mesh import solve
 from cvx_core.recipe import load
 from cvx_core.registry import KINDS, Registry
 from cvx_core.spec import WEIGHTED, Spec, resolve
@@ -72,8 +71,10 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     if args.recipe is None:
         raise CvxError("no recipe given. Try: python -m cvx_core.run recipe.yaml, or --help.")
+    if args.world is not None and not args.check:
+        raise CvxError(f"--world {args.world} goes with --check. A run has the processes that were started.")
     world = World.stated()
-    spec = resolve(load(args.recipe, args.set), world=args.world or (None if args.check else world.size))
+    spec = resolve(load(args.recipe, args.set), world=args.world if args.check else world.size)
     if args.check:
         print(report(spec, args.world))
         return 0
@@ -102,7 +103,7 @@ def report(spec: Spec, world: int | None = None) -> str:
         lines.append(f"  buckets {'; '.join(frames)}, at {video.fps:g} fps")
     if spec.parallel:
         names = ", ".join(choice.name for choice in spec.parallel)
-        lines.append(f"  parallel {names}" + (f": {solve(spec.requests, world)}" if world else ""))
+        lines.append(f"  parallel {names}" + (f": {spec.mesh(world)}" if world else ""))
     lines.append(f"  output {spec.output}")
     return "\n".join(lines)
 
@@ -129,6 +130,12 @@ def listing(registry: Registry, kind: str | None) -> str:
     return "\n".join(lines)
 
 
+def _processes(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected the number of processes, 1 or more")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cvx_core.run",
@@ -142,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--check", action="store_true", help="resolve and check the recipe, then stop")
     parser.add_argument(
-        "--world", type=int, metavar="N", help="with --check: also check the mesh for N processes"
+        "--world", type=_processes, metavar="N", help="with --check: also check the mesh for N processes"
     )
     parser.add_argument(
         "--list", nargs="?", const="", metavar="KIND", help="list components, all or of one kind"

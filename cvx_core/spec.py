@@ -17,13 +17,15 @@ import yaml
 from cvx_core import precision
 from cvx_core.card import Card
 from cvx_core.config import Config
+from cvx_core.degrees import Degrees, Limits, Request
 from cvx_core.errors import FormatError, PluginError, Problem, RecipeError, did_you_mean
 from cvx_core.fields import FieldReader
-from cvx_core.mesh import MeshError, Request, check, solve
+from cvx_core.mesh import MeshError, check, solve
 from cvx_core.nesting import stated_choice
 from cvx_core.recipe import Address, Recipe
 from cvx_core.registry import Choice, Component, Registry
 from cvx_core.run_config import LoaderConfig, RunConfig, VideoConfig
+from cvx_core.strategy import strategy_notes
 
 SECTIONS = (
     "predictor",
@@ -56,7 +58,18 @@ class Spec:
     @property
     def requests(self) -> list[Request]:
         """What the strategies ask of the mesh."""
-        return [Request(choice.name, choice.config.degrees()) for choice in self.parallel]
+        return [choice.config.request(choice.name) for choice in self.parallel]
+
+    @property
+    def limits(self) -> Limits:
+        """What sizes of the mesh the components go with."""
+        configs = [choice.config for choice in (*self.choices.values(), *self.parallel)]
+        found = (config.limits(self) for config in configs if isinstance(config, Config))
+        return [item for limits in found for item in limits.items()]
+
+    def mesh(self, world: int) -> Degrees:
+        """Return the ranks along the axes of a mesh of `world` processes. Raises MeshError."""
+        return solve(self.requests, world, self.limits)
 
     @property
     def video(self) -> VideoConfig:
@@ -156,10 +169,10 @@ class _Resolver:
             self._card() or Card(),
             adapters,
         )
-        self._check_across(spec)
+        mesh = self._check_across(spec)
         self._raise()
-        more = precision.note(spec)
-        return replace(spec, notes=(*spec.notes, more)) if more is not None else spec
+        more = [precision.note(spec), *strategy_notes(spec, mesh)]
+        return replace(spec, notes=(*spec.notes, *(note for note in more if note is not None)))
 
     def _raise(self) -> None:
         if self.problems:
@@ -315,8 +328,8 @@ class _Resolver:
         self._problem(address, f"{choice.name!r} goes into `{own}`. Known here: {known}.")
         return False
 
-    def _check_across(self, spec: Spec) -> None:
-        """Run the card's rules and every component's own check."""
+    def _check_across(self, spec: Spec) -> Degrees | None:
+        """Run the card's rules and every component's own check; return the mesh, if it can be known."""
         if "predictor" in spec.choices:
             self._collect((), spec.card.check(spec))
         for section, choice in spec.choices.items():
@@ -330,10 +343,13 @@ class _Resolver:
                 self._collect((listed, index), choice.config.check(spec))
         world = getattr(spec.config("task"), "ranks", None) or self.world
         try:
-            solve(spec.requests, world) if world is not None else check(spec.requests)
+            if world is not None:
+                return spec.mesh(world)
+            check(spec.requests)
         except MeshError as error:
             address = ("parallel",) if error.owner is None else ("parallel", error.owner)
             self._problem(address, str(error))
+        return None
 
     def _collect(self, base: Address, problems: Iterable[Problem]) -> None:
         for problem in problems:

@@ -18,11 +18,13 @@ def shard(
     *,
     policy: MixedPrecisionPolicy,
     prefetch: int = 1,
+    ahead_in_backward: bool = True,
     methods: Sequence[str] = (),
     ignored: Collection[nn.Parameter] = (),
 ) -> Callable[[bool], None]:
     """Share parameters over a mesh of one dim, or (replicate, shard), block by block, the rest as one unit.
 
+    prefetch: blocks that are gathered while one is computed; ahead_in_backward: in the backward pass too;
     methods: those of the module, besides forward, that use parameters of its own; ignored: parameters that
     stay whole, and whose gradients stay this rank's own. Returns what has to be called before each batch of a
     step, with whether it is the last: gradients are exchanged then only.
@@ -45,6 +47,8 @@ def shard(
     for number, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(list(blocks[number + 1 : number + 1 + prefetch]))
         block.set_modules_to_backward_prefetch(list(blocks[max(number - prefetch, 0) : number][::-1]))
+    for unit in units if not ahead_in_backward else ():
+        unit.set_modules_to_backward_prefetch([unit])  # it is there; without a list torch gathers the next
 
     def before(is_last: bool) -> None:
         root.set_requires_gradient_sync(is_last)

@@ -71,6 +71,12 @@ def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPo
     return CheckpointPolicy.MUST_SAVE if "attention" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def backends() -> tuple[list[str], list[str]]:
+    """Return the names of torch.compile's backends here: the usual ones, and all, for finding faults too."""
+    every: tuple[str, ...] = ()  # tags of backends to leave out
+    return torch.compiler.list_backends(), torch.compiler.list_backends(exclude_tags=every)
+
+
 def compiled(run: Run, blocks: int, **options: Any) -> Run:
     """Return a `run` for one block that compiles what `run` makes of its body; blocks that agree share code.
 

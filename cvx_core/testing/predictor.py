@@ -263,6 +263,9 @@ def _planning(subject: Subject) -> tuple[Callable[[], None], ...]:
 
     def split_layers_are_linear_and_divide_by_heads() -> None:
         module, plan = subject.on_meta(), subject.plan
+        for pattern, width in zip(plan.row, plan.row_widths, strict=bool(plan.row_widths)):
+            widths = {layer.weight.shape[1] for layer in _matching(module, (pattern,)).values()}
+            assert widths == {width}, f"plan.row_widths: {pattern!r} has {widths} inputs, not {width}"
         for patterns, dim in ((plan.column, 0), (plan.row, 1)):
             for name, layer in _matching(module, patterns).items():
                 assert isinstance(layer, nn.Linear), f"plan: {name!r} is a {type(layer).__name__}"

@@ -101,7 +101,7 @@ class Subject:
             given = {key: value for key, value in entry.items() if key != "use"}
             assert component.config is not None
             config: Any = component.config(**{**component.preset, **given})
-            result.append(Request(entry["use"], config.degrees()))
+            result.append(config.request(entry["use"]))
         return result
 
     def text(self, parallel: Iterable[Entry], rows: int = 1, **settings: Any) -> str:
@@ -197,6 +197,11 @@ def _resolving(subject: Subject) -> tuple[Callable[..., None], ...]:
         assert not unknown, f"degrees() names {unknown}; a mesh has {', '.join(AXES)}"
         wrong = {axis: size for axis, size in degrees.items() if not (size is None or _is_count(size))}
         assert not wrong, f"degrees() gives {wrong}; give 1 or more ranks, or None for what is left"
+        named = subject.config.fields
+        unknown = [field for field in named if field not in type(subject.config).model_fields]
+        assert not unknown, f"`fields` names {unknown}, which the config has not"
+        strange = {field: axes for field, axes in named.items() if not {*axes} <= {*degrees}}
+        assert not strange, f"`fields` gives {strange}, but degrees() has {', '.join(degrees) or 'no axes'}"
         sizes = _stated(subject.requests(subject.parallel))
         product = math.prod(sizes.values())
         arithmetic = " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "nothing"

@@ -126,6 +126,7 @@ class CogVideoXConfig(Config):
             row=(f"{block}.attn1.to_out.0", f"{block}.ff.net.2"),
             lora=("to_q", "to_k", "to_v", "to_out.0"),
             head=("norm_final", "norm_out", "proj_out"),
+            row_widths=(self.width, 4 * self.width),
         )
 
     def rules(self) -> Card:

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from cvx_plugins.optimizers.adamw_config import AdamConfig, AdamW8bitConfig
+from cvx_plugins.optimizers.adamw_config import BLOCKS, SHORTEST, AdamConfig, AdamW8bitConfig, fits
 from cvx_plugins.optimizers.blockwise import dequantised, quantise
 from cvx_plugins.optimizers.stepper import State
 
 FUSED_DEVICES = {"cuda", "cpu"}
-SHORTEST = 64
-"""Values in a row of a parameter, at least, for its state to be kept in 8 bits."""
 MEAN, SQUARE = "exp_avg", "exp_avg_sq"
 
 
@@ -87,9 +85,9 @@ class Adam8bit(Adam):
 
     def misfit(self, length: int) -> str:
         """Return why a part of a row of that many values cannot be; "" if it can."""
-        if length < SHORTEST or not length % self._block:
+        if fits(length, self._block):
             return ""
-        fitting = [size for size in (128, 64) if not length % size]
+        fitting = [size for size in BLOCKS if fits(length, size)]
         remedy = f"block: {fitting[0]}" if fitting else "another size of tp, or adamw"
         return f"which optimizer.block {self._block} does not divide. Use {remedy}."
 

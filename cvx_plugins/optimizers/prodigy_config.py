@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from cvx_core.errors import Problem
-from cvx_plugins.optimizers.shared_config import Beta, OptimizerConfig, PositiveFloat
+from cvx_plugins.optimizers.shared_config import PARTS_OF_PARAMETERS, Beta, OptimizerConfig, PositiveFloat
 
 if TYPE_CHECKING:
     from cvx_core.spec import Spec
@@ -18,6 +18,7 @@ class ProdigyConfig(OptimizerConfig):
     """Prodigy: Adam that finds its step size itself (Mishchenko & Defazio 2023)."""
 
     parted: ClassVar[str] = "finds one step size from sums over all parameters"
+    parting: ClassVar[tuple[str, ...]] = (*PARTS_OF_PARAMETERS, "pp")
 
     lr: Annotated[float, Field(ge=0.01, le=100.0)] = 1.0
     """Factor on the step size that is found: 1, or near it. The task's schedule scales it."""
@@ -50,5 +51,3 @@ class ProdigyConfig(OptimizerConfig):
                 yield Problem(
                     f"groups.{number}.lr", "prodigy finds one step size for all parameters. Leave lr out."
                 )
-        if any(choice.name == "pp" for choice in spec.parallel):
-            yield Problem("use", f"'prodigy' {self.parted}, and stages of 'pp' hold some each. Use adamw.")

@@ -29,6 +29,8 @@ class OptimizerConfig(Config):
 
     parted: ClassVar[str] = ""
     """Why the formula needs whole parameters, "" where it does not."""
+    parting: ClassVar[tuple[str, ...]] = PARTS_OF_PARAMETERS
+    """Strategies that it does not go with then."""
 
     lr: NonNegativeFloat = 1e-4
     """Peak learning rate; the task's schedule scales it."""
@@ -61,11 +63,14 @@ class OptimizerConfig(Config):
         """Yield strategies and precisions that the settings do not go with."""
         name = spec.name_of("optimizer")
         used = [choice.name for choice in spec.parallel if choice.name in PARTS_OF_PARAMETERS]
-        if used and self.parted:
+        parting = [repr(choice.name) for choice in spec.parallel if choice.name in self.parting]
+        if parting and self.parted:
+            verb = "shares" if len(parting) == 1 else "share"
+            others = "ddp and cp" if "pp" in self.parting else "ddp, cp and pp"
             yield Problem(
                 "use",
-                f"{name!r} {self.parted}, and {used[0]!r} shares parameters out. Use adamw or "
-                "adamw-8bit, or ddp, cp and pp.",
+                f"{name!r} {self.parted}, and {' and '.join(parting)} {verb} parameters out. Use adamw or "
+                f"adamw-8bit, or only {others}.",
             )
         if used and self.offload:
             yield Problem(

@@ -27,6 +27,7 @@ class DataConfig(StrategyConfig):
     """Data parallel: ranks read different rows. Gradients are averaged over them."""
 
     stage: ClassVar[Stage] = Stage.SHARD
+    fields: ClassVar[Mapping[str, tuple[str, ...]]] = {"size": ("dp_replicate",)}
 
     size: Positive | Auto = "auto"
     """Ranks that read different rows; auto takes what the other strategies leave."""
@@ -48,6 +49,9 @@ class Zero2Config(DataConfig):
 
 class Zero3Config(DataConfig):
     """Data parallel with parameters, gradients and optimizer state shared out among the ranks (ZeRO)."""
+
+    fields: ClassVar[Mapping[str, tuple[str, ...]]] = {"size": ("dp_shard",)}
+    also_called: ClassVar[Mapping[str, str]] = {"fsdp": "`{use: zero3}`", "fsdp2": "`{use: zero3}`"}
 
     reduce_dtype: Literal["float32", "bfloat16"] | None = None
     """Precision in which gradients are summed; null: that of the parameters."""

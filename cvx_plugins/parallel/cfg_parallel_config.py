@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import ClassVar
 
 from cvx_core import Component, Problem
@@ -17,6 +17,9 @@ class CFGParallelConfig(StrategyConfig):
 
     def degrees(self) -> Mapping[str, int | None]:
         return {"cfg": 2}
+
+    def limits(self, spec: Spec) -> Mapping[str, Container[int]]:
+        return {"cfg": (2,)}
 
     def check(self, spec: Spec) -> Iterable[Problem]:
         """Yield why there are no two predictions."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, ClassVar
 
 from cvx_core import Component, Problem
+from cvx_core.degrees import SEVERAL
 from cvx_core.spec import Spec
 from cvx_core.strategy import Stage, StrategyConfig
 from cvx_plugins.parallel.borrowing import lone
@@ -15,6 +16,10 @@ class EncoderDPConfig(StrategyConfig):
     """Ranks that see the same rows encode different ones of them, then exchange what they found."""
 
     stage: ClassVar[Stage] = Stage.FEED
+
+    def limits(self, spec: Spec) -> Mapping[str, Container[int]]:
+        """Return 2 or more that see the same rows."""
+        return {"model": SEVERAL}
 
     def check(self, spec: Spec) -> Iterable[Problem]:
         yield from lone(spec, "encodes rows of a batch")

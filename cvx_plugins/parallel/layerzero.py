@@ -54,6 +54,7 @@ class LayerZero:
                 _dtype(self.cfg.param_dtype), _dtype(self.cfg.reduce_dtype), cast_forward_inputs=False
             ),
             prefetch=int(self.cfg.forward_prefetch),
+            ahead_in_backward=self.cfg.backward_prefetch == "BACKWARD_PRE",
             methods=parts.methods,
             ignored=ignored.values(),
         )

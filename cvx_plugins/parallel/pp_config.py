@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from itertools import accumulate
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from cvx_core import Component, Problem
 from cvx_core.config import Positive
+from cvx_core.degrees import Degrees
 from cvx_core.spec import Spec
-from cvx_core.strategy import Stage, StrategyConfig
+from cvx_core.strategy import Ranks, Stage, StrategyConfig
 
-Counts = tuple[Positive | tuple[Positive, ...], ...]
+Counts = tuple[Positive | Annotated[tuple[Positive, ...], Field(min_length=1)], ...]
 IN_ROUNDS = ("interleaved", "zero-bubble")
 """Schedules that take microbatches in rounds of equal length, and may have several stages on a rank."""
 
@@ -22,8 +23,9 @@ class PipelineConfig(StrategyConfig):
     """Pipeline parallel: ranks hold consecutive blocks and pass microbatches on."""
 
     stage: ClassVar[Stage] = Stage.PIPELINE
+    fields: ClassVar[Mapping[str, tuple[str, ...]]] = {"size": ("pp",)}
 
-    size: Positive | None = None
+    size: Ranks | None = None
     """Ranks along the pipeline; null: as many as `stages` lists, or 2."""
     stages: Counts | None = None
     """Blocks on each rank, such as [10, 11, 11, 10]; or on each stage of each rank, such as [[5, 5], [6, 5]].
@@ -38,6 +40,8 @@ class PipelineConfig(StrategyConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> PipelineConfig:
+        if self.stages == ():
+            raise ValueError("stages lists no rank; give the blocks of each, such as [2, 2]")
         if self.stages is not None:
             lengths = {len(counts) if isinstance(counts, tuple) else 1 for counts in self.stages}
             if len(lengths) > 1:
@@ -70,6 +74,24 @@ class PipelineConfig(StrategyConfig):
     def degrees(self) -> Mapping[str, int | None]:
         return {"pp": self.ranks}
 
+    def limits(self, spec: Spec) -> Mapping[str, Container[int]]:
+        """Return those of the stages stated, or 2 to as many as blocks fill and microbatches go through."""
+        layers = getattr(spec.config("predictor"), "num_layers", None)
+        if self.stages is not None or layers is None:
+            return {"pp": (self.ranks,)}
+        usable = range(2, layers // self.per_rank + 1)
+        wanted = self.microbatches
+        return {"pp": [n for n in usable if wanted is None or self.fits(wanted, n)]}
+
+    def notes(self, spec: Spec, mesh: Degrees | None) -> Iterable[str]:
+        """Yield that one microbatch keeps one rank busy at a time."""
+        if self.parts(spec.loader.batch) == 1:
+            why = "microbatches: 1" if self.microbatches == 1 else f"loader.batch {spec.loader.batch}"
+            yield (
+                f"pp: one microbatch ({why}), so that one rank of {self.ranks} works at a time. More rows in "
+                f"a batch go through in more of them; {self.ranks} or more keep all ranks busy"
+            )
+
     def counts(self, layers: int) -> list[int]:
         """Return the blocks of each stage, in the order of the model; stages go round the ranks."""
         if self.stages is not None:
@@ -77,6 +99,11 @@ class PipelineConfig(StrategyConfig):
             return [row[turn] for turn in range(self.per_rank) for row in rows]
         number = self.ranks * self.per_rank
         return [layers * (i + 1) // number - layers * i // number for i in range(number)]
+
+    def most(self, layers: int) -> int:
+        """Return the blocks of the rank that has most."""
+        counts = self.counts(layers)
+        return max(sum(counts[rank :: self.ranks]) for rank in range(self.ranks))
 
     def bounds(self, layers: int) -> list[tuple[int, int]]:
         """Return the first block of each stage, and the one behind its last."""
@@ -88,9 +115,10 @@ class PipelineConfig(StrategyConfig):
         wanted = min(self.microbatches or rows, rows)
         return next(count for count in range(wanted, 0, -1) if self.fits(count))
 
-    def fits(self, microbatches: int) -> bool:
-        """Tell whether the schedule can take so many microbatches."""
-        return self.schedule not in IN_ROUNDS or microbatches % max(1, microbatches // self.ranks) == 0
+    def fits(self, microbatches: int, ranks: int | None = None) -> bool:
+        """Tell whether the schedule can take so many microbatches. ranks: other than its own."""
+        rounds = max(1, microbatches // (ranks or self.ranks))
+        return self.schedule not in IN_ROUNDS or microbatches % rounds == 0
 
     def check(self, spec: Spec) -> Iterable[Problem]:
         if self.ranks == 1:
@@ -123,10 +151,12 @@ class PipelineConfig(StrategyConfig):
                 f"{'Add' if sum(counts) < layers else 'Take away'} {abs(layers - sum(counts))}.",
             )
         elif len(counts) > layers:
+            most = layers // self.per_rank
+            remedy = f"Use at most {most} ranks." if most > 1 else "Use fewer stages on a rank, or no pp."
             yield Problem(
                 "size",
                 f"{self.ranks} ranks x {self.per_rank} = {len(counts)} stages, which {layers} blocks do not "
-                f"fill. Use at most {layers} stages.",
+                f"fill. {remedy}",
             )
 
     def _check_split(self, names: Iterable[str]) -> Iterable[Problem]:

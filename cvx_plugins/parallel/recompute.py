@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from cvx_core.errors import CvxError, did_you_mean
 from cvx_core.interfaces import Parts
-from cvx_parallel.recompute import compiled, recomputed
+from cvx_parallel.recompute import backends, compiled, recomputed
 from cvx_plugins.parallel.recompute_config import CompileConfig, RecomputeConfig
 
 
@@ -28,6 +29,12 @@ class Compile:
         self.cfg = cfg
 
     def apply(self, parts: Parts) -> Parts:
+        usual, known = backends()
+        if self.cfg.backend not in known:
+            raise CvxError(
+                f"compile.backend: torch has no {self.cfg.backend!r}.{did_you_mean(self.cfg.backend, known)} "
+                f"It has {', '.join(usual)}; to find faults, aot_eager and eager."
+            )
         module = parts.trained if parts.trained is not None else parts.predictor
         blocks = list(module.blocks.values())
         for block in blocks:

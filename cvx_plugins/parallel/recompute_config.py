@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from cvx_core import Component
 from cvx_core.config import Positive
+from cvx_core.degrees import Degrees
 from cvx_core.errors import Problem
 from cvx_core.strategy import Stage, StrategyConfig
+from cvx_plugins.parallel.pp_config import PipelineConfig
 
 if TYPE_CHECKING:
     from cvx_core.spec import Spec
@@ -33,6 +35,14 @@ class RecomputeConfig(StrategyConfig):
             yield Problem("", f"task {spec.name_of('task')!r} has no backward pass. Remove it.")
         elif task is not None:
             yield from _needs_blocks(spec, task.trains)
+
+    def notes(self, spec: Spec, mesh: Degrees | None) -> Iterable[str]:
+        """Yield that of several blocks one is recomputed only."""
+        layers = getattr(spec.config(spec.config("task").trains), "num_layers", 0)
+        stages = (c.config for c in spec.parallel if isinstance(c.config, PipelineConfig))
+        blocks = max((pipeline.most(layers) for pipeline in stages), default=layers)
+        if 1 < blocks <= self.every:
+            yield f"recompute: every {self.every} recomputes one block of the {blocks} that a rank has"
 
 
 class CompileConfig(StrategyConfig):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from cvx_core import Component
-from cvx_core.config import Positive
 from cvx_core.errors import Problem
-from cvx_core.strategy import Stage, StrategyConfig
+from cvx_core.strategy import Ranks, Stage, StrategyConfig
 
 if TYPE_CHECKING:
     from cvx_core.spec import Spec
@@ -18,14 +17,25 @@ class TensorConfig(StrategyConfig):
     """Tensor parallel: the heads and hidden units of every block are shared out, inside each layer."""
 
     stage: ClassVar[Stage] = Stage.TENSOR
+    fields: ClassVar[Mapping[str, tuple[str, ...]]] = {"size": ("tp",)}
+    also_called: ClassVar[Mapping[str, str]] = {
+        "sp": "`{use: tp, sequence: true}`",
+        "sequence-parallel": "`{use: tp, sequence: true}`",
+    }
 
-    size: Positive = 2
+    size: Ranks = 2
     """Ranks that share a layer; at most as many as the predictor has heads, which need not divide."""
     sequence: bool = False
     """Share out the video's tokens too between these layers, which divides the memory they take."""
 
     def degrees(self) -> Mapping[str, int | None]:
         return {"tp": self.size}
+
+    def limits(self, spec: Spec) -> Mapping[str, Container[int]]:
+        """Return up to as many as there are heads; a sequence is shared by 2 or more."""
+        plan = getattr(spec.config("predictor"), "plan", None)
+        least = 2 if self.sequence else 1
+        return {"tp": range(least, plan().num_heads + 1)} if plan is not None else {}
 
     def check(self, spec: Spec) -> Iterable[Problem]:
         """Yield what the predictor cannot be shared out by."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import ClassVar
 
 from cvx_core import Component, Problem
+from cvx_core.degrees import SEVERAL
 from cvx_core.spec import Spec
 from cvx_core.strategy import Stage, StrategyConfig
 from cvx_plugins.parallel.borrowing import lone
@@ -20,6 +21,10 @@ class VaeCPConfig(StrategyConfig):
     """Refuse what is not the same to the bit. false allows an autoencoder that codes a clip in one pass: the
     statistics of its norms are shared, and convolutions of fewer frames may round otherwise.
     """
+
+    def limits(self, spec: Spec) -> Mapping[str, Container[int]]:
+        """Return 2 or more that see the same rows."""
+        return {"model": SEVERAL}
 
     def check(self, spec: Spec) -> Iterable[Problem]:
         yield from lone(spec, "codes chunks of a clip")

@@ -171,12 +171,19 @@ def _gathered(layout: Layout, weights: Weights, batches: int) -> int:
         parameters = weights.gathered + largest
     else:
         config = layout.strategies.get("zero3") or layout.strategies.get("layerzero")
-        ahead = int(getattr(config, "prefetch", getattr(config, "forward_prefetch", 0)))
+        ahead = _ahead(config)
         parameters = min(weights.gathered, (1 + ahead) * largest) + largest
     gradients = 2 * max(weights.trained_units)
     if batches > 1:  # until the last batch, gradients are added up whole
         gradients = weights.trained - weights.ignored + max(weights.trained_units)
     return parameters + gradients
+
+
+def _ahead(config: Any) -> int:
+    """Return how many blocks zero3 or layerzero gathers while one is computed, in either pass."""
+    if hasattr(config, "backward_prefetch"):
+        return int(config.forward_prefetch or config.backward_prefetch == "BACKWARD_PRE")
+    return int(config.prefetch)
 
 
 def _scattered(weights: Weights, batches: int) -> int:

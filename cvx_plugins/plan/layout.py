@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cvx_core import precision
 from cvx_core.interfaces import Deps, ParamGroup, Plan
-from cvx_core.mesh import Degrees, solve
+from cvx_core.mesh import Degrees
 from cvx_core.registry import Choice
 from cvx_core.spec import DEFAULTS, Spec
 from cvx_parallel.tensor import matching
@@ -60,7 +60,7 @@ class Layout:
 
     def __init__(self, spec: Spec):
         self.spec, self.world = spec, int(spec.config("task").world)
-        self.degrees: Degrees = solve(spec.requests, self.world)
+        self.degrees: Degrees = spec.mesh(self.world)
         self.strategies: Mapping[str, Any] = {choice.name: choice.config for choice in spec.parallel}
         self.plan: Plan = spec.config("predictor").plan()
         self.dtype = dtype_of(spec)

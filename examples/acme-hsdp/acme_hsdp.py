@@ -5,7 +5,7 @@ The whole package: a torch-free manifest on top, and the strategy, on torch's ow
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,6 +13,7 @@ from pydantic import Field
 
 from cvx_core import Component, Problem, Spec, hookimpl
 from cvx_core.config import Positive
+from cvx_core.degrees import SEVERAL
 from cvx_core.strategy import Stage, StrategyConfig
 
 
@@ -20,6 +21,10 @@ class HSDPConfig(StrategyConfig):
     """Sharded inside a machine, replicated between machines."""
 
     stage: ClassVar[Stage] = Stage.SHARD
+    fields: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "shards": ("dp_shard",),
+        "replicas": ("dp_replicate",),
+    }
 
     shards: Annotated[int, Field(ge=2)] = 2
     """Ranks that share the parameters; they gather them among themselves only."""
@@ -29,6 +34,10 @@ class HSDPConfig(StrategyConfig):
     def degrees(self) -> Mapping[str, int | None]:
         """Return the axes that it owns: {axis: ranks, None to take what is left}."""
         return {"dp_replicate": None if self.replicas == "auto" else self.replicas, "dp_shard": self.shards}
+
+    def limits(self, spec: Spec) -> Mapping[str, Container[int]]:
+        """Return what may be proposed where a mesh does not multiply out."""
+        return {"dp_shard": SEVERAL}
 
     def check(self, spec: Spec) -> Iterable[Problem]:
         """Yield why there is nothing to shard."""

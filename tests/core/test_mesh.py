@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cvx_core.mesh import AXES, DATA, JOINED, Degrees, Mesh, MeshError, Request, nearest, solve
+from cvx_core.mesh import AXES, DATA, JOINED, SEVERAL, Degrees, Mesh, MeshError, Request, solve
+from cvx_core.proposals import knobs, nearest, proposed, said
 
 SIZES = st.sampled_from([1, 1, 2, 3, 4])
 WORLDS = st.dictionaries(st.sampled_from(AXES), SIZES, max_size=5).map(Degrees)
@@ -25,10 +26,52 @@ def one(name, size):
     return Request(name, {name: size})
 
 
-def refused(requests, world):
+def cp(ring, ulysses):
+    fields = {"ring": ("ring",), "ulysses": ("ulysses",)}
+    return Request("cp", {"ring": ring, "ulysses": ulysses}, fields)
+
+
+def layerzero(size=None, group=None, usual=8):
+    """Data ranks in groups, as the strategy asks for them."""
+    inside = group or (usual if size is None else min(usual, size))
+    degrees = {"dp_shard": inside, "dp_replicate": None if size is None else size // inside}
+    fields = {"zero3_size": ("dp_shard",), "size": ("dp_replicate", "dp_shard")}
+    return Request("layerzero", degrees, fields, {} if group else {"dp_shard": usual})
+
+
+def refused(requests, world, limits=()):
     with pytest.raises(MeshError) as caught:
-        solve(requests, world)
+        solve(requests, world, limits)
     return str(caught.value), caught.value.owner
+
+
+def refusal_of(requests, world, limits):
+    try:
+        solve(requests, world, limits)
+    except MeshError as error:
+        return str(error)
+    return ""
+
+
+def followed(requests, changes):
+    """Return requests as they are once a recipe states other sizes. changes: {label: size}."""
+    made = []
+    for request in requests:
+        own = {label: size for label, size in changes.items() if label.split(".")[0] == request.name}
+        if request.name == "layerzero":
+            sizes = {knob.label: knob for knob in knobs([request])}
+            group = None if request.usual else sizes["layerzero.zero3_size"].size
+            size = own.get("layerzero.size", sizes["layerzero.size"].size)
+            group = own.get("layerzero.zero3_size", group)
+            assert size is None or size % (group or min(8, size)) == 0, "its own check refuses that"
+            made.append(layerzero(size, group))
+        else:
+            degrees = {**request.degrees}
+            for label, size in own.items():
+                axis = label.split(".")[-1]
+                degrees[axis if axis in degrees else list(degrees)[-1]] = size
+            made.append(Request(request.name, degrees, request.fields))
+    return made
 
 
 @st.composite
@@ -36,12 +79,22 @@ def requested(draw):
     """Requests for any axes: one strategy each, those of the data axes kept apart or together, some open."""
     requests = [one(axis, draw(SIZES)) for axis in ("pp", "tp", "cfg") if draw(st.booleans())]
     if draw(st.booleans()):
-        requests.append(Request("cp", {"ring": draw(SIZES), "ulysses": draw(SIZES)}))
+        requests.append(cp(draw(SIZES), draw(SIZES)))
     size = draw(st.one_of(st.none(), SIZES))
-    data = {"ddp": ddp(size), "zero3": zero3(size), "layerzero": None, "": None}
-    name = draw(st.sampled_from(list(data)))
-    both = Request("layerzero", {"dp_shard": draw(SIZES), "dp_replicate": size})
-    return requests + {"": [], "layerzero": [both]}.get(name, [data[name]])
+    group = draw(st.one_of(st.none(), SIZES))
+    grouped = layerzero(size * (group or 1) if size else None, group)
+    data = {"ddp": [ddp(size)], "zero3": [zero3(size)], "layerzero": [grouped], "": []}
+    return requests + data[draw(st.sampled_from(list(data)))]
+
+
+RANGES = st.builds(lambda least, more: range(least, least + more), st.integers(1, 3), st.integers(1, 4))
+LIMITS = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["pp", "tp", "ring", "ulysses", "dp_shard"]), RANGES),
+        st.tuples(st.sampled_from(["cp", "model"]), st.just(SEVERAL)),
+    ),
+    max_size=3,
+)
 
 
 @given(requested(), st.integers(1, 64))
@@ -53,7 +106,7 @@ def test_what_is_solved_multiplies_out_and_keeps_what_was_asked(requests, world)
     assert degrees.world == world
     for request in requests:
         for axis, size in request.degrees.items():
-            assert size is None or degrees.size(axis) == size
+            assert size is None or degrees.size(axis) == size or axis in request.usual
 
 
 @given(requested(), st.integers(1, 64))
@@ -71,10 +124,43 @@ def test_what_is_proposed_is_a_mesh_and_what_fits_is_left_alone(requests, world)
     assert "Set " in said or "`- {use: ddp}`" in said or "[{use: ddp}]" in said
 
 
+@settings(deadline=None)
+@given(requested(), st.integers(1, 40), LIMITS)
+def test_what_is_proposed_passes_when_it_is_followed(requests, world, limits):
+    refusal = refusal_of(requests, world, limits)
+    ways = proposed(requests, world, limits) if refusal else []
+    assert said(ways, world) in refusal or not refusal
+    for way in ways:
+        assert way.changes or way.adds_ddp or way.world != world
+        changes = {knob.label: size for knob, size in way.changes.items()}
+        assert all(knob.size != size for knob, size in way.changes.items() if knob.usual is None)
+        then = [*followed(requests, changes), *([ddp()] if way.adds_ddp else [])]
+        assert solve(then, way.world).keeps(limits), (way, said(ways, world))
+
+
+@settings(deadline=None)
+@given(requested(), st.integers(1, 40), LIMITS)
+def test_where_nothing_is_proposed_for_these_ranks_there_is_no_mesh_of_them(requests, world, limits):
+    axes = [axis for r in requests for axis in r.degrees if axis not in r.kept]
+    axes += [] if any(axis in DATA for r in requests for axis in r.degrees) else ["dp_replicate"]
+    some = [dict(zip(axes, sizes, strict=True)) for sizes in divided(world, len(axes))]
+    assert (nearest(requests, world, limits) is None) == (not any(Degrees(s).keeps(limits) for s in some))
+
+
+def divided(number, parts):
+    """Return all ways to write a number as a product."""
+    if parts == 0:
+        return [()] if number == 1 else []
+    sizes = [n for n in range(1, number + 1) if number % n == 0]
+    return [(size, *rest) for size in sizes for rest in divided(number // size, parts - 1)]
+
+
 @given(requested(), st.integers(1, 48))
 def test_no_mesh_changes_fewer_sizes_than_the_one_proposed(requests, world):
     wanted = {axis: size for r in requests for axis, size in r.degrees.items() if size is not None}
-    kept = {axis for r in requests for axis in list(r.degrees)[:-1] if axis in DATA and r.degrees[axis] == 1}
+    kept = {axis for r in requests for axis in r.kept}
+    if any(r.name == "layerzero" for r in requests):
+        return  # of its sizes, one is a product
     changed = [
         axis for axis, size in nearest(requests, world).sizes.items() if wanted.get(axis, size) != size
     ]
@@ -140,12 +226,82 @@ def test_auto_takes_what_is_left():
         ([one("tp", 3), zero3()], 8, "nothing whole is left for zero3. Set tp to 4, or start 6 or 9 proc", 0),
         ([one("tp", 3), zero3()], 2, "Set tp to 2, or start 3 processes.", 0),
         ([zero3(2), one("tp", 2)], 6, "zero3 2 x tp 2 = 4, but there are 6 processes. Set zero3 to 3, or", 0),
+        (
+            [cp(2, 2)],
+            6,
+            "cp.ring 2 x cp.ulysses 2 = 4, but there are 6 processes. Set cp.ulysses to 3, or",
+            0,
+        ),
+        (
+            [layerzero(group=3)],
+            8,
+            "layerzero.zero3_size 3, which does not divide 8 processes. Set layerzero.zero3_size to 4, or "
+            "start 6 or 9 processes.",
+            0,
+        ),
+        (
+            [layerzero()],
+            12,
+            "zero3_size 8, which does not divide 12 processes. Set layerzero.zero3_size to 6",
+            0,
+        ),
+        (
+            [layerzero(size=8, group=4), one("tp", 2)],
+            12,
+            "layerzero 8 x tp 2 = 16, but there are 12 processes. Set layerzero.zero3_size to 3 and "
+            "layerzero.size to 6, or start 16 processes.",
+            0,
+        ),
+        (
+            [layerzero(), one("tp", 3)],
+            8,
+            "tp 3, which does not divide 8 processes, so nothing whole is left for layerzero. Set tp to 4, "
+            "or start 6 or 9 processes.",
+            1,
+        ),
     ],
 )
 def test_what_does_not_multiply_out_is_refused_with_the_nearest_mesh(requests, world, says, owner):
     message, at = refused(requests, world)
     assert says in message
     assert at == owner
+
+
+@pytest.mark.parametrize(
+    ("requests", "world", "limits", "says", "owner"),
+    [
+        ([ddp(), one("tp", 3)], 8, [("tp", range(1, 4))], "ddp. Set tp to 2, or start 6 or 9 processes.", 1),
+        (
+            [one("pp", 3)],
+            10,
+            [("pp", (3,))],
+            "there are 10 processes. Start 3 processes, or add `- {use: ddp}` and start 9 or 12 processes.",
+            None,
+        ),
+        ([ddp(), one("pp", 3)], 8, [("pp", (3,))], "left for ddp. Start 6 or 9 processes.", 1),
+        ([zero3(), one("pp", 8)], 12, [("pp", range(2, 5))], "left for zero3. Set pp to 4.", 1),
+        (
+            [zero3(), one("pp", 8)],
+            7,
+            [("pp", range(2, 5))],
+            "left for zero3. Set pp to 3 and start 6 processes, or set pp to 4 and start 8 processes.",
+            1,
+        ),
+        ([cp(2, 1)], 3, [("cp", SEVERAL)], "cp.ring 2, but there are 3 processes. Set cp.ring to 3, or", 0),
+        ([one("tp", 2)], 3, [("tp", range(0))], "Nothing fits: no sizes of these strategies", 0),
+    ],
+)
+def test_what_is_proposed_keeps_to_limits(requests, world, limits, says, owner):
+    message, at = refused(requests, world, limits)
+    assert says in message
+    assert at == owner
+
+
+@pytest.mark.parametrize(("world", "group"), [(1, 1), (2, 2), (4, 4), (8, 8), (16, 8)])
+def test_a_usual_size_is_no_more_than_the_ranks_that_are_left(world, group):
+    assert solve([layerzero()], world).size("dp_shard") == group
+    assert solve([layerzero(), one("tp", 3)], 3 * world).size("dp_shard") == group
+    assert solve([layerzero(size=world)], world).size("dp_shard") == group
 
 
 @pytest.mark.parametrize(

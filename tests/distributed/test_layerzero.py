@@ -124,7 +124,7 @@ def test_accumulated_batches_exchange_gradients_once():
 
 def test_precisions():
     """Blocks are computed in bfloat16; what is kept, summed and updated is float32."""
-    fields = {**LAYERZERO, "param_dtype": "bfloat16", "reduce_dtype": "float32"}
+    fields = {**LAYERZERO, "param_dtype": "bf16", "reduce_dtype": "fp32"}
     texts = [recipe("1.5-i2v", [item], "float32", layers=2) for item in (fields, LAYERZERO)]
     for mine, other in on_ranks(4, several, texts, 2):
         assert mine["losses"] == pytest.approx(other["losses"], rel=2e-2)
@@ -134,6 +134,42 @@ def test_precisions():
             sum(item.size for item in rank["passes"] if item.kind == "all_gather") for rank in (mine, other)
         ]
         assert sizes[0] * 2 == sizes[1]
+
+
+def gathered(text: str) -> list[int]:
+    """Return how many blocks are there, or on their way, when the gradients of each one are."""
+    parts, spec, _, _ = made(text)
+    found: list[int] = []
+
+    def there(_gradient: torch.Tensor) -> None:
+        groups = [block._get_fsdp_state()._fsdp_param_group for block in parts.blocks]
+        found.append(sum(group.is_unsharded or group._all_gather_result is not None for group in groups))
+
+    def noting(run: Any) -> Any:
+        def noted(body: Any, tokens: Any) -> Any:
+            tokens.video.register_hook(there)
+            return run(body, tokens)
+
+        return noted
+
+    for block in parts.blocks:
+        block.run = noting(block.run)
+    parts.before_update(True)
+    parts.forward_backward(*matrix._share(parts, spec, 0))
+    return found
+
+
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize(("when", "blocks"), [("BACKWARD_PRE", [2, 2, 1]), ("BACKWARD_POST", [1, 1, 1])])
+def test_the_next_block_is_gathered_while_one_is_computed_or_after_it(when, blocks, forward):
+    fields = {**LAYERZERO, "backward_prefetch": when, "forward_prefetch": forward}
+    for found in on_ranks(2, gathered, recipe("1.0-t2v", [fields], "float64", layers=3)):
+        assert found == blocks
+
+
+def test_when_blocks_are_gathered_changes_nothing():
+    fields = {**LAYERZERO, "backward_prefetch": "BACKWARD_POST", "limit_all_gathers": True}
+    compare_all([("1.0-t2v", [{**fields, "ignored_modules": None}])], world=4, layers=2)
 
 
 def state(text: str) -> dict[str, Any]:
@@ -179,7 +215,26 @@ def test_checkpoints_have_the_names_shapes_and_values_of_one_process(parallel, w
         ),
         ({"ignored_modules": ["tables"]}, "no module 'tables'"),
         ({"size": 6, "zero3_size": 4}, "zero3_size 4 does not divide size 6; 3 would"),
-        ({"param_dtype": "float16"}, "param_dtype"),
+        (
+            {"size": 12, "zero3_size": None},
+            "zero3_size 8, which it is where it is not stated, does not divide",
+        ),
+        ({"param_dtype": "float16"}, "param_dtype: is float16, in which small gradients vanish"),
+        ({"param_dtype": "fp8"}, "param_dtype: got 'fp8'; expected 'float32', 'bfloat16' or 'float16'"),
+        ({"backward_prefetch": "BACKWARD"}, "Did you mean 'BACKWARD_PRE'"),
+        ({"limit_all_gathers": False}, "limit_all_gathers: no more blocks are gathered ahead than"),
+        (
+            {"ignored_modules": ["text_encoder"]},
+            "'text_encoder' is a model of its own here, which every rank keeps",
+        ),
+        ({"autocast_output": True}, "'layerzero' has no such field: the loss is computed in float32"),
+        ({"autocast_input": True}, "'layerzero' has no such field: a predictor takes its inputs"),
+        ({"buffer_dtype": None}, "'layerzero' has no such field: models of cvx keep no buffers"),
+        ({"offload_grads": False}, "'layerzero' has no such field: gradients stay on the device"),
+        (
+            {"backward_reduce_scatter": "BACKWARD_PRE"},
+            "'layerzero' has no such field: the gradients of a block",
+        ),
         ({"zero3_sise": 4}, "Did you mean 'zero3_size'"),
     ],
 )

@@ -85,8 +85,9 @@ def test_runs_go_on_under_other_strategies(tmp_path):
         assert alone[-1] != pytest.approx(alone[0], abs=most)
 
 
-def test_8bit_blocks_that_tp_would_cut_are_refused(tmp_path):
-    (tmp_path / "r.yaml").write_text(RECIPE)
+def test_8bit_blocks_of_factors_that_tp_would_cut_are_refused(tmp_path):
+    """Which layers have factors is known once they are there; of whole layers the check knows it."""
+    (tmp_path / "r.yaml").write_text(RECIPE + "adapter: {use: lora, rank: 4}\n")
     settings = [item.removeprefix("--set=") for item in link(tmp_path, "8-bit", "tp", 1)[1:]]
     said = on_ranks(2, refusal, tmp_path / "r.yaml", [*settings, "optimizer.block=128"])
     for text in said:

@@ -151,7 +151,7 @@ def complaint(arguments):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"size": 5}, "5 ranks x 1 = 5 stages, which 4 blocks do not fill. Use at most 4 stages."),
+        ({"size": 5}, "5 ranks x 1 = 5 stages, which 4 blocks do not fill. Use at most 4 ranks."),
         ({"virtual": 3, "schedule": "interleaved"}, "2 ranks x 3 = 6 stages, which 4 blocks do not fill."),
         ({"stages": [2, 3]}, "lists 2 + 3 = 5 blocks; the predictor has 4. Take away 1."),
         ({"stages": [1, 1]}, "lists 1 + 1 = 2 blocks; the predictor has 4. Add 2."),

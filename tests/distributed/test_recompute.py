@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cvx_core import RecipeError, resolve
+from cvx_core import CvxError, RecipeError, resolve
 from cvx_core.building import build
 from cvx_core.placing import place
 from cvx_core.recipe import parse
@@ -100,6 +100,14 @@ def test_dropout_drops_the_same_again():
         gradients.append([p.grad for _, p in matrix._trainable(parts)])
     for other in gradients[1:]:
         assert all(map(torch.equal, gradients[0], other))
+
+
+def test_a_backend_that_torch_has_not_is_refused_before_anything_is_read():
+    spec = resolve(parse(recipe("1.0-t2v", [{"use": "compile", "backend": "aot_eger"}], "float32", layers=1)))
+    with pytest.raises(
+        CvxError, match=r"torch has no 'aot_eger'\. Did you mean 'aot_eager'\? It has .*inductor"
+    ):
+        place(build(spec), spec)
 
 
 @pytest.mark.slow

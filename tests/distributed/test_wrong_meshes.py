@@ -37,16 +37,20 @@ WRONG = {
         None,
         "the mesh has one rank, but there are 8 processes. Add `- {use: ddp}`, or start 1 process.",
     ),
-    "too few ranks": (["ddp, size: 3"], 0, "ddp 3, but there are 8 processes. Set ddp to 8, or start 3 proc"),
+    "too few ranks": (
+        ["ddp, size: 3"],
+        0,
+        "ddp 3, but there are 8 processes. Set ddp.size to 8, or start 3 proc",
+    ),
     "too many ranks": (
         ["zero3, size: 16"],
         0,
-        "zero3 16, but there are 8 processes. Set zero3 to 8, or",
+        "zero3 16, but there are 8 processes. Set zero3.size to 8, or",
     ),
     "a product that is too large": (
         ["tp, size: 2", "cp, ulysses: 2, ring: 3", "zero2, size: 2"],
         1,
-        "tp 2 x cp ring 3 x cp ulysses 2 x zero2 2 = 24, but there are 8 processes. Set cp ring to 1,",
+        "tp 2 x cp.ring 3 x cp.ulysses 2 x zero2 2 = 24, but there are 8 processes. Set cp.ring to 1,",
     ),
     "a product without data ranks": (
         ["tp, size: 2", "pp, size: 2"],
@@ -56,12 +60,12 @@ WRONG = {
     "no whole number is left for data ranks": (
         ["ddp", "tp, size: 3"],
         1,
-        "tp 3, which does not divide 8 processes, so nothing whole is left for ddp. Set tp to 4, or",
+        "which does not divide 8 processes, so nothing whole is left for ddp. Set tp.size to 2, or start 6",
     ),
     "a group that does not divide the world": (
         ["layerzero, zero3_size: 3"],
         0,
-        "layerzero dp_shard 3, which does not divide 8 processes",
+        "layerzero.zero3_size 3, which does not divide 8 processes. Set layerzero.zero3_size to 4, or start",
     ),
     "a group that does not divide the data ranks": (
         ["layerzero, size: 8, zero3_size: 3"],
@@ -91,7 +95,7 @@ WRONG = {
     "more stages than layers": (
         ["pp, size: 8"],
         0,
-        "8 ranks x 1 = 8 stages, which 4 blocks do not fill. Use at most 4 stages.",
+        "8 ranks x 1 = 8 stages, which 4 blocks do not fill. Use at most 4 ranks.",
     ),
     "more virtual stages than layers": (
         ["ddp", "pp, size: 4, virtual: 2, schedule: interleaved"],
@@ -102,6 +106,22 @@ WRONG = {
         ["ddp", "pp, stages: [1, 2]"],
         1,
         "lists 1 + 2 = 3 blocks; the predictor has 4. Add 1.",
+    ),
+    "no stages": (["ddp", "pp, stages: []"], 1, "stages lists no rank; give the blocks of each, such as"),
+    "no stages on a rank": (
+        ["ddp", "pp, stages: [[2, 2], []]"],
+        1,
+        "stages[1]: got []; expected a whole number or a list of at least 1.",
+    ),
+    "stages that leave no whole number": (
+        ["ddp", "pp, stages: [1, 1, 2]"],
+        1,
+        "pp 3, which does not divide 8 processes, so nothing whole is left for ddp. Start 6 or 9 processes.",
+    ),
+    "stages for no number of ranks": (
+        ["pp, stages: [1, 1, 2]"],
+        None,
+        "there are 8 processes. Start 3 processes, or add `- {use: ddp}` and start 6 or 9 processes.",
     ),
     "stages for other ranks": (["pp, size: 8, stages: [2, 2]"], 0, "size is 8, but stages lists 2 ranks"),
     "a pipeline of one": (
@@ -124,12 +144,53 @@ WRONG = {
         1,
         "tp 4 shares out the heads of predictor 'cogvideox', which has 3. Use a size of at most 3.",
     ),
+    "heads for what is left": (
+        ["ddp, size: 2", "tp, size: auto"],
+        1,
+        "size: got 'auto', which only strategies that read different rows take: ddp, zero1, zero2, zero3 and",
+    ),
+    "tokens for what is left": (
+        ["ddp, size: 2", "cp, ulysses: auto"],
+        1,
+        "ulysses: got 'auto', which only strategies that read different rows take",
+    ),
+    "a sequence by another name": (
+        ["ddp", "sp"],
+        1,
+        "no strategy 'sp'. Here that is `{use: tp, sequence: tr",
+    ),
+    "shards by another name": (["fsdp"], 0, "no strategy 'fsdp'. Here that is `{use: zero3}`."),
     "a sequence shared by one": (["ddp", "tp, size: 1, sequence: true"], 1, "has no effect with size 1"),
     "tokens shared by one": (["ddp", "cp"], 1, "ulysses 1 x ring 1 shares out nothing. Set one of them to 2"),
     "an ignored module that is not there": (
         ["layerzero, zero3_size: 4, ignored_modules: [embeding_layers]"],
         0,
         "predictor 'cogvideox' has no module 'embeding_layers' with parameters.",
+    ),
+    "an autoencoder among ignored modules": (
+        ["layerzero, zero3_size: 4, ignored_modules: [ae]"],
+        0,
+        "'ae' is a model of its own here, which every rank keeps whole; only the predictor is shared out.",
+    ),
+    "blocks that layerzero is told": (
+        ["layerzero, transformer_layers: [mindspeed_mm.models.predictor.dits.sat_dit.VideoDiTBlock]"],
+        0,
+        "'layerzero' has no such field: blocks are those that the predictor's plan names.",
+    ),
+    "a checkpoint that layerzero is told": (
+        ["layerzero, ckpt_load_path: /old"],
+        0,
+        "'layerzero' has no such field: a run goes on from its own checkpoint by `task.resume`",
+    ),
+    "gradients summed in float16": (
+        ["layerzero, reduce_dtype: fp16"],
+        0,
+        "reduce_dtype: is float16, in which small gradients vanish",
+    ),
+    "blocks gathered without limit": (
+        ["layerzero, limit_all_gathers: false"],
+        0,
+        "limit_all_gathers: no more blocks are gathered ahead than forward_prefetch and backward_prefetch",
     ),
     "encoders shared by nobody": (
         ["ddp", "encoder-dp"],

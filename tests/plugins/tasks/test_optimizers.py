@@ -97,7 +97,11 @@ REFUSED = {
     ),
     "prodigy under pp": (
         {"optimizer": {"use": "prodigy"}, "parallel": [{"use": "pp"}]},
-        "stages of 'pp' hold some each",
+        "'pp' shares parameters out. Use adamw or adamw-8bit, or only ddp and cp.",
+    ),
+    "prodigy under zero3 and pp": (
+        {"optimizer": {"use": "prodigy"}, "parallel": [{"use": "zero3"}, {"use": "pp"}]},
+        "'zero3' and 'pp' share parameters out. Use adamw or adamw-8bit, or only ddp and cp.\n1 problem",
     ),
     "prodigy with two rates": (
         {"optimizer": {"use": "prodigy", "groups": [{"match": "*norm*", "lr": 0.5}]}},
