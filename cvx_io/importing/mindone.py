@@ -103,13 +103,13 @@ def _video(draft: Draft) -> None:
         "the rate of a clip, from a random start"
     )
     draft.note("differs", "frame_stride", stride, text)
-    draft.drop(["num_latent_frames"], "follows from video.frames")
     name = draft.recipe["predictor"]["use"]
     buckets = draft.pop("bucket_config", lambda value: value)
     if buckets is not None:
         draft.put("loader.buckets", buckets)
         draft.note("mapped", "bucket_config", ", ".join(map(str, buckets)), "loader.buckets")
-        draft.drop(["image_size", "num_frames", "batch_size"], "each bucket states its own")
+        names = ["image_size", "num_frames", "num_latent_frames", "batch_size"]
+        draft.drop(names, "each bucket states its own")
         release.frames(draft, name, [whole(count) for counts in buckets.values() for count in counts])
         return
     size = draft.pop("image_size", lambda value: value)
@@ -117,10 +117,25 @@ def _video(draft: Draft) -> None:
         raise FormatError(f"{draft.source}: states neither image_size nor bucket_config. Add one.")
     height, width = size if isinstance(size, list) else (size, size)
     frames = draft.pop("num_frames", whole, 16)
+    _latent_frames(draft, frames)
     draft.recipe["video"] = {"frames": frames, "height": whole(height), "width": whole(width)}
     draft.note("mapped", "image_size", size, f"video: {height}x{width}")
     draft.note("mapped", "num_frames", frames, f"video.frames: {frames}")
     release.frames(draft, name, [frames])
+
+
+def _latent_frames(draft: Draft, frames: int) -> None:
+    """Compare the two counts, of which the source takes that of latents where it reads such from files."""
+    count = draft.pop("num_latent_frames", whole)
+    if count is None:
+        return
+    if draft.has("vae_latent_folder") and count != (frames - 1) // 4 + 1:
+        raise FormatError(
+            f"{draft.source}: num_latent_frames is {count}, and num_frames {frames} makes "
+            f"{(frames - 1) // 4 + 1}; with vae_latent_folder the source takes the former. State --also "
+            f"num_frames={4 * count - 3}, or another num_latent_frames."
+        )
+    draft.note("mapped", "num_latent_frames", count, "follows from video.frames")
 
 
 def _noise(draft: Draft) -> None:

@@ -303,6 +303,7 @@ def test_a_layerzero_file_that_is_not_there_or_wrong_is_an_error(place, capsys):
         ("factory/torchrun_lora.sh", "LR=${LR:-1e-4}", "if grep -q a b; then LR=1; fi", "LR depends"),
         ("factory/torchrun_lora.sh", "--max_train_steps 100", "--max_train_steps", "is given no value"),
         ("hpcai/sp_came.sh", "0.9 0.95 0.99", "0.9 0.95", "and came has 3"),
+        ("hpcai/sp_came.sh", "--num_frames 85", "--num_frames 77", "--also num_frames=85"),
         ("hpcai/dp_lora.sh", "--use_parallel True", "--use_parallel False", "without use_parallel"),
         ("hpcai/dp_lora.sh", "--worker_num=8 ", "", "is given no --worker_num"),
         ("mindone/text_sft.sh", "--zero_stage $DEEP", "--zero_stage 4 --tracker_name $DEEP", "0, 1, 2"),
