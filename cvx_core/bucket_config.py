@@ -14,11 +14,13 @@ from cvx_core.errors import RecipeError
 
 KeepProb = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
-BucketTable = dict[str, dict[Count, tuple[KeepProb, Count]]]
-"""{"480p": {37: [keep_prob, batch]}}"""
+Batch = Annotated[int, Field(ge=0)]
+BucketTable = dict[str, dict[Count, tuple[KeepProb, Batch]]]
+"""{"480p": {37: [keep_prob, batch]}}; batch is 0 only where keep_prob is, and nothing stays there."""
 
 ASPECTS = ("9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9")
 _LINES = re.compile(r"([1-9][0-9]*)p")
+_SIDE = re.compile(r"[1-9][0-9]*")
 _SIZE = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)")
 _ASPECT = re.compile(r"([1-9][0-9]*):([1-9][0-9]*)")
 
@@ -39,17 +41,20 @@ class Resolution(NamedTuple):
 
 
 def resolution(name: str) -> Resolution:
-    """Return what a name such as "480p" (as many pixels as 16:9 has with 480 lines) or "480x720" (height x
-    width) stands for. Raises ValueError.
+    """Return what a name such as "480p" (as many pixels as 16:9 has with 480 lines), "512" (as many as 512 x
+    512) or "480x720" (height x width) stands for. Raises ValueError.
     """
     if match := _LINES.fullmatch(name):
         lines = int(match[1])
         return Resolution(name, lines * lines * 16 / 9, None)
+    if _SIDE.fullmatch(name):
+        return Resolution(name, int(name) ** 2, None)
     if match := _SIZE.fullmatch(name):
         height, width = int(match[1]), int(match[2])
         return Resolution(name, height * width, (height, width))
     raise ValueError(
-        f"no resolution {name!r}; expected lines such as 480p, or height x width such as 480x720."
+        f"no resolution {name!r}; expected lines such as 480p, a side such as 512, or height x width such as "
+        "480x720."
     )
 
 
@@ -87,11 +92,11 @@ def read_table(value: Any) -> Any:
 
 
 def _typed(value: Any) -> Any:
-    """Return a mapping with numbers as keys and pairs as tuples, as far as it is one."""
+    """Return a mapping with texts and numbers as keys and pairs as tuples, as far as it is one."""
     if not isinstance(value, Mapping):
         return value
     return {
-        name: {
+        str(name) if type(name) is int else name: {
             int(frames) if str(frames).isdigit() else frames: tuple(pair) if isinstance(pair, list) else pair
             for frames, pair in counts.items()
         }
@@ -117,6 +122,23 @@ def checked_table(table: BucketTable) -> BucketTable:
     """Return the table. Raises ValueError where a resolution is no such thing, or there is no bucket."""
     if not any(table.values()):
         raise ValueError("has no bucket. Give at least one, such as 480p: {49: [1.0, 2]}; null: no buckets.")
-    for name in table:
+    for name, counts in table.items():
         resolution(name)
+        for frames, (keep, batch) in counts.items():
+            if batch == 0 and keep > 0:
+                raise ValueError(
+                    f"{name}.{frames}: keeps clips (keep_prob {keep:g}) in batches of 0. Give a batch, or "
+                    "[0.0, 0], which passes every clip on to smaller resolutions."
+                )
+    if not any(batch for _, batch in _pairs(table)):
+        raise ValueError("keeps no clip: every bucket is [0.0, 0]. Give one a keep_prob and a batch.")
     return table
+
+
+def smallest_batch(table: BucketTable) -> int:
+    """Return the smallest batch of the buckets that have one."""
+    return min(batch for _, batch in _pairs(table) if batch)
+
+
+def _pairs(table: BucketTable) -> list[tuple[float, int]]:
+    return [pair for counts in table.values() for pair in counts.values()]

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from cvx_core.spec import Spec
 
 
+AUTOENCODER_FRAMES = 4
+"""Pixel frames of a latent frame: clips of 4*N+1 frames can be encoded, whatever a release was trained on."""
+
+
 class Card(Config):
     """What a predictor demands of the recipe around it. None: no rule.
 
@@ -98,7 +102,8 @@ class Card(Config):
             near = self._nearest_frames(frames)
             yield Problem(
                 "video.frames",
-                f"got {frames}; {who} takes {self.frames_step}*N+1 frames{limit}. Nearest: {near}.",
+                f"got {frames}; {who} takes {self.frames_step}*N+1 frames{limit}. Nearest: {near}."
+                f"{self._override(frames)}",
             )
         if self.sizes is not None and (height, width) not in self.sizes:
             legal = " or ".join(f"{h}x{w}" for h, w in self.sizes)
@@ -112,6 +117,17 @@ class Card(Config):
                     f"video.{name}",
                     f"got {value}; {who} takes multiples of {self.size_step}. Nearest: {legal}.",
                 )
+
+    def _override(self, frames: int) -> str:
+        """Return what to state for a number of frames that the autoencoder takes and the release does not."""
+        fields = []
+        if (frames - 1) % AUTOENCODER_FRAMES:
+            return ""
+        if (frames - 1) % self.frames_step:
+            fields.append(f"predictor.card.frames_step: {AUTOENCODER_FRAMES}")
+        if self.frames_max and frames > self.frames_max:
+            fields.append(f"predictor.card.frames_max: {frames}")
+        return f" To train on it nevertheless, state {' and '.join(fields)}."
 
     def _nearest_frames(self, frames: int) -> str:
         low = (frames - 1) // self.frames_step * self.frames_step + 1

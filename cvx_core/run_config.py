@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cvx_core.bucket_config import ASPECTS, BucketTable, aspect, checked_table, geometries, read_table
+from cvx_core.bucket_config import (
+    ASPECTS,
+    BucketTable,
+    aspect,
+    checked_table,
+    geometries,
+    read_table,
+    smallest_batch,
+)
 from cvx_core.config import Config, NonNegative, OutputPath, PathRole, Positive, Probability
 from cvx_core.errors import Problem
 
@@ -97,7 +105,7 @@ class LoaderConfig(Config):
         """With buckets, `batch` is the smallest of theirs, for all that asks before the clips are sorted."""
         if self.buckets is None:
             return self
-        smallest = min(batch for counts in self.buckets.values() for _, batch in counts.values())
+        smallest = smallest_batch(self.buckets)
         if "batch" in self.model_fields_set and self.batch != smallest:
             raise ValueError(f"batch {self.batch}: each bucket states its own. Remove loader.batch.")
         return self.model_copy(update={"batch": smallest})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from cvx_io.atomic import write_text
 from cvx_io.importing import shell
 from cvx_io.importing.draft import Draft, flags_of, rebase
 from cvx_io.importing.factory import import_factory
+from cvx_io.importing.launcher import STARTING, Launch, check_unknown, launch_of
 from cvx_io.importing.mindone import import_mindone
 from cvx_io.importing.mindspeed import import_mindspeed
 
@@ -25,6 +27,10 @@ EXAMPLES = """examples:
   cvx import-recipe train_t2v.yaml recipe.yaml --also csv_path=clips.csv --also train_steps=2000
   cvx check recipe.yaml
 """
+
+
+_OTHER = re.compile(r"infer|sample|eval|prepare|feature|convert")
+"""What programs are named for that do not train."""
 
 
 def import_recipe(source: Path, weights: Path, also: Sequence[str] = ()) -> Draft:
@@ -40,7 +46,12 @@ def import_recipe(source: Path, weights: Path, also: Sequence[str] = ()) -> Draf
     return draft
 
 
-def _of_yaml(source: Path, also: Sequence[str], flags: dict[str, Any] | None = None) -> Draft:
+def _of_yaml(
+    source: Path,
+    also: Sequence[str],
+    flags: dict[str, Any] | None = None,
+    launch: Launch | None = None,
+) -> Draft:
     """Read a MindOne yaml, with what a command line sets over it."""
     try:
         data = yaml.safe_load(source.read_text(encoding="utf-8"))
@@ -49,44 +60,81 @@ def _of_yaml(source: Path, also: Sequence[str], flags: dict[str, Any] | None = N
     if not isinstance(data, dict) or "model_version" not in data:
         raise FormatError(f"{source}: is no training config of MindOne, which states model_version.")
     draft = Draft(str(source), {**data, **(flags or {}), **_settings(also)})
-    import_mindone(draft, _rows(draft.given.get("csv_path")))
+    import_mindone(draft, _rows(draft.given.get("csv_path")), launch)
     return draft
 
 
 def _of_script(source: Path, weights: Path, also: Sequence[str]) -> Draft:
     """Read the one training command of a script."""
     script = shell.read_script(source)
-    found = shell.launches(script)
-    if not found:
-        raise FormatError(
-            f"{source}: starts no Python program with {', '.join(shell.LAUNCHERS)}. Give one that trains."
-        )
-    command = found[0]
+    command = _training_command(source, script)
     place = next(i for i, word in enumerate(command.words) if word.endswith(".py"))
-    program, launcher = Path(command.words[place]).name, flags_of(_after_verb(command.words[:place]))
-    given = {**flags_of(command.words[place + 1 :]), **_settings(also, "--")}
-    draft = Draft(f"{source}:{command.line}", given, notes=list(script.notes))
-    if len(found) > 1:
-        draft.notes.append(f"of {len(found)} commands that train, the one at line {command.line} is taken")
-    draft.notes += [
-        f"{word}: is set nowhere in the script; replace it" for word in command.words if "$" in word
-    ]
+    program, where = Path(command.words[place]).name, f"{source}:{command.line}"
+    if (other := _OTHER.search(program)) is not None:
+        raise FormatError(f"{where}: {program} does not train ({other[0]}). Give the script of a training.")
+    stated = _settings(also, "--")
+    launcher = flags_of(_after_verb(command.words[:place]))
+    launch = launch_of(command, launcher, source, where)
+    for name in [name for name in stated if name in STARTING]:
+        launch.flags[name] = stated.pop(name)
+    given = {**flags_of(command.words[place + 1 :]), **stated}
+    draft = Draft(where, given, notes=list(script.notes))
+    draft.notes += check_unknown(command, script, where, set(stated), place)
     if "--mm-model" in given:
-        import_mindspeed(draft, source, launcher)
+        import_mindspeed(draft, source, launch)
     elif "--config" in given:
         path = shell.find_file(str(given.pop("--config")), source)
         flags = {name.removeprefix("--"): value for name, value in given.items()}
-        inner = _of_yaml(path, (), flags)
+        inner = _of_yaml(path, (), flags, launch)
         inner.notes = [*draft.notes, *inner.notes]
         return inner
     elif "--pretrained_model_name_or_path" in given:
-        import_factory(draft, program, launcher, weights)
+        import_factory(draft, program, launch, source, weights)
     else:
         raise FormatError(
             f"{draft.source}: {program} gives neither --pretrained_model_name_or_path (CogVideoX-factory), "
             "--mm-model (MindSpeed-MM) nor --config (MindOne). Give a script of one of these."
         )
     return draft
+
+
+def _training_command(source: Path, script: shell.Script) -> shell.Command:
+    """Return the command that trains: the first, where it does not depend on what is not known which is."""
+    found = shell.launches(script)
+    if not found:
+        functions = [
+            f"the function {name} (line {line}) is called nowhere" for name, line in script.uncalled.items()
+        ]
+        why = "".join(f" {note}." for note in [*script.notes, *functions])
+        raise FormatError(
+            f"{source}: starts no Python program with {', '.join(shell.LAUNCHERS)}.{why}{_unclear(script)} "
+            "Give one that trains."
+        )
+    command = found[0]
+    others = ", ".join(str(other.line) for other in found[1:])
+    if others and command.condition:
+        raise FormatError(
+            f"{source}:{command.line}: {len(found)} commands train (lines {command.line}, {others}), and "
+            f"which one depends on {command.condition}, which is not known from the text. Keep one in a "
+            "copy of it."
+        )
+    if others:
+        script.scope.note(f"of {len(found)} commands that train, the one at line {command.line} is taken")
+    elif command.condition:
+        script.scope.note(
+            f"line {command.line}: the command is taken to run, whatever {command.condition} gives"
+        )
+    return command
+
+
+def _unclear(script: shell.Script) -> str:
+    """Return which commands would start a program with what is not known."""
+    found = [
+        f" Line {one.line}: {one.words[0]} is not known from the text; set it in a copy of the script."
+        for one in script.commands
+        if 0 in one.unknown and any(word.endswith(".py") for word in one.words)
+    ]
+    return "".join(found)
 
 
 def _after_verb(words: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -57,13 +57,26 @@ class Draft:
             return default
         value = self._taken[name] = self.given.pop(name)
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if value is True and name.startswith("--") and kind in VALUED:
+            raise FormatError(
+                f"{self.source}: {name} is given no value. Correct it there, or state "
+                f"--also {name.removeprefix('--')}=VALUE."
+            )
         try:
             return value if value is None else kind(value)
         except (TypeError, ValueError) as error:
+            what = {"whole": "whole number", "float": "number", "flag": "truth value"}.get(kind.__name__)
             raise FormatError(
-                f"{self.source}: {name} is {value!r}, which is no {kind.__name__.strip('_')}. Correct it "
-                "there, or take it out."
+                f"{self.source}: {name} is {value!r}, which is no {what or kind.__name__}. Correct it "
+                f"there, or state --also {name.removeprefix('--')}=VALUE."
             ) from error
+
+    def choose(self, name: str, known: Collection[str], default: str | None = None) -> str | None:
+        """Take a setting that is one of a few names. Raises FormatError for any other."""
+        value = self.pop(name, str, default)
+        if value is not None and value not in known:
+            raise FormatError(f"{self.source}: {name} is {value!r}; expected {', '.join(known)}.")
+        return value
 
     def put(self, address: str, value: Any) -> None:
         """Set a value of the recipe, such as "task.steps"."""
@@ -137,6 +150,9 @@ PATHS = (
     "dataset.root",
     "dataset.prompts",
     "dataset.videos",
+    "dataset.latents",
+    "dataset.texts",
+    "dataset.unconditional",
 )
 
 
@@ -170,6 +186,19 @@ def numbers(value: Any) -> list[int]:
 def words(value: Any) -> list[str]:
     """Return a list of texts."""
     return [str(item) for item in (value if isinstance(value, list) else [value])]
+
+
+VALUED = (str, float, whole, numbers, words)
+"""Kinds of settings that a bare flag cannot be."""
+
+
+def flag(value: Any) -> bool:
+    """Return a truth value, also of the text that a command line gives. Raises ValueError for other texts."""
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in ("true", "false", "1", "0"):
+        return str(value).lower() in ("true", "1")
+    raise ValueError
 
 
 def flags_of(command: Sequence[str]) -> dict[str, Any]:

@@ -66,7 +66,9 @@ def make_loader(
         facts = decode_first(rows, reader, spec, world) if is_skip else probe_all(rows, reader, world)
         sorting = sort_rows(facts, rules_of(spec, pick))
         if once:
-            sorting = Sorting(tuple(replace(bucket, keep=1.0) for bucket in sorting.buckets), sorting.offers)
+            # Every clip once: in the first bucket that has batches at all.
+            kept = tuple(replace(bucket, keep=float(bucket.batch > 0)) for bucket in sorting.buckets)
+            sorting = Sorting(kept, sorting.offers)
     loader = Loader(
         rows,
         Decode(reader, pick, video.height, video.width) if pixels else no_pixels,

@@ -121,7 +121,10 @@ def test_a_value_against_the_card_is_refused_with_both(registry):
 def test_illegal_geometry_says_the_legal_values(registry):
     text = "task: {use: job}\npredictor: {use: model-tall}\nvideo: {frames: 21, height: 250, width: 64}\n"
     frames, height = problems(text, registry)
-    assert frames.endswith("got 21; predictor 'model-tall' takes 8*N+1 frames up to 49. Nearest: 17 or 25.")
+    assert frames.endswith(
+        "got 21; predictor 'model-tall' takes 8*N+1 frames up to 49. Nearest: 17 or 25. To train on it "
+        "nevertheless, state predictor.card.frames_step: 4."
+    )
     assert height.endswith("got 250; predictor 'model-tall' takes multiples of 16. Nearest: 240 or 256.")
 
 

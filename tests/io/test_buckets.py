@@ -200,6 +200,13 @@ def test_a_clip_goes_to_the_largest_bucket_it_fills(fact: Facts | FormatError, b
     assert (sorting.buckets[offer.buckets[0]].name if offer.buckets else offer.reason) == bucket
 
 
+def test_a_bucket_without_batches_passes_every_clip_on() -> None:
+    table = {"512": {5: (0.0, 0)}, "128": {5: (1.0, 2)}}
+    sorting = sort_rows([Facts(9, 8, 600, 600)] * 4, rules(table))
+    loader = Loader([Row(f"r{i}") for i in range(4)], nothing, sorting=sorting)
+    assert {fate.bucket for epoch in range(3) for fate in loader.fates(epoch)} == {"128/5x128x128"}
+
+
 def test_short_clips_repeat_their_last_frame_only_where_they_may() -> None:
     short, still = Facts(2, 8, 480, 854), Facts(1, 8, 480, 854)
     pick = Pick(1, 8, short="repeat")

@@ -136,3 +136,20 @@ def test_buckets_do_not_sort_what_is_encoded(tiny, tmp_path):
     tiny["loader"], tiny["video"] = {"buckets": {"32x48": {9: [1.0, 2]}}}, {"fps": 8}
     with pytest.raises(RecipeError, match="dataset 'feature-cache' gives encoded ones"):
         resolve(parse(yaml.safe_dump(tiny), base=tmp_path))
+
+
+def test_clips_pass_a_bucket_without_batches_in_training_and_in_validation(mixed, launch, log_of, tmp_path):
+    mixed["loader"]["buckets"] = {**BUCKETS, "64x96": {9: [0.0, 0], 5: [0.0, 0]}}
+    video = np.random.default_rng(99).integers(0, 255, (5, 64, 96, 3), np.uint8)
+    write_mp4(tmp_path / "held.mp4", video, 8)
+    (tmp_path / "held.jsonl").write_text(json.dumps({"file": "held.mp4", "captions": "held"}) + "\n")
+    mixed["task"]["validation"] = {
+        "every": 4,
+        "loss": {"dataset": {"use": "jsonl", "path": "held.jsonl"}},
+    }
+    whole = launch(mixed, output=str(tmp_path / "train"))
+    buckets = json.loads((whole / "data.json").read_text())["buckets"]
+    assert buckets
+    assert not any(name.startswith("64x96") for name in buckets)
+    losses = [line["validation/loss"] for line in log_of(whole) if "validation/loss" in line]
+    assert len(losses) == 2
