@@ -44,11 +44,21 @@ def past_or_first_frame(x: Tensor, frames: int, past: Tensor | None) -> Tensor:
     return past if past is not None else torch.cat([x[:, :, :1]] * frames, dim=2)
 
 
+def in_pieces(convolve: Callable[[Tensor], Tensor], x: Tensor, before: int, step: int) -> Tensor:
+    """Return what a convolution makes of x (B,C,F,H,W), `step` frames of its output at a time.
+
+    before: frames in front of one that it reads for it.
+    """
+    starts = range(0, x.shape[2] - before, step)
+    return torch.cat([convolve(x[:, :, i : i + step + before]) for i in starts], dim=2)
+
+
 class CausalConv3d(nn.Module):
     """Convolution over a cube: `kernel` frames that end at the current one, zero-padded in space.
 
-    `extend` and `convolve` are the two halves of `forward`. A caller that is short of memory runs them one
-    after the other, so that its own copy of x is gone when the output is made.
+    by_frame: whether frames of the output are computed one by one, so that no bit of them depends on how many
+    there are. `extend` and `convolve` are the two halves of `forward`. A caller that is short of memory runs
+    them one after the other, so that its own copy of x is gone when the output is made.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3):
@@ -57,6 +67,7 @@ class CausalConv3d(nn.Module):
         self.frames = kernel - 1
         self.halo: Halo = past_or_first_frame
         self.keeps_tail = True  # False where the halo does not come from this process
+        self.by_frame = False
 
     def extend(self, x: Tensor, chunk: Chunk) -> Tensor:
         """Return x (B,C,F,H,W) with its halo in front, and keep its tail for the next chunk."""
@@ -69,12 +80,12 @@ class CausalConv3d(nn.Module):
 
     def convolve(self, x: Tensor) -> Tensor:
         """Return the convolution of an extended x; it has `kernel - 1` frames fewer."""
+        if self.by_frame:
+            return in_pieces(self.conv, x, self.frames, 1)
         if x.numel() <= LARGEST_INPUT:
             return self.conv(x)
-        total = x.shape[2] - self.frames
         step = max(1, LARGEST_INPUT // (x.numel() // x.shape[2]) - self.frames)
-        pieces = [self.conv(x[:, :, i : i + step + self.frames]) for i in range(0, total, step)]
-        return torch.cat(pieces, dim=2)
+        return in_pieces(self.conv, x, self.frames, step)
 
     def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
         """Return (B,C',F,H,W) for x (B,C,F,H,W)."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +135,10 @@ class CogVideoXVAE(nn.Module):
             "chunked": partial(chunked, size=cfg.decode_chunk),
         }
         self.decode_grid = decode_grids[cfg.decode]
+        parts: Iterator[Any] = (part for net in self.one_pass() for part in net.modules())
+        for part in parts:
+            if hasattr(part, "by_frame"):  # else ranks that share a clip would round otherwise
+                part.by_frame = True
         self.cut: Callable[[int, int, int], tuple[int, ...]] = whole
         self.chunks: Callable[[int], Iterable[int]] = range
         self.gather: Callable[[list[Tensor], int], list[Tensor]] = _all_are_here

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cvx_parallel.causal_conv import CausalConv3d, Chunk
+from cvx_parallel.causal_conv import CausalConv3d, Chunk, in_pieces
 
 
 def silu(x: Tensor) -> Tensor:
@@ -93,6 +93,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = CausalConv3d(in_channels, out_channels)
         self.norm2 = make_norm(groups, out_channels, eps, latent_channels)
         self.conv2 = CausalConv3d(out_channels, out_channels)
+        self.by_frame = False
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv3d(in_channels, out_channels, 1)
 
@@ -105,7 +106,7 @@ class ResidualBlock(nn.Module):
         h = self.conv2.extend(h, chunk)
         h = self.conv2.convolve(h)
         if hasattr(self, "conv_shortcut"):
-            x = self.conv_shortcut(x)
+            x = in_pieces(self.conv_shortcut, x, 0, 1) if self.by_frame else self.conv_shortcut(x)
         return h + x if torch.is_grad_enabled() else h.add_(x)
 
 
@@ -124,11 +125,13 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
         self.in_time = in_time
         self.rule = rule
+        self.by_frame = False
 
     def forward(self, x: Tensor, chunk: Chunk, latent: Tensor | None = None) -> Tensor:
         if self.in_time:
             x = halve_time(x, kept_frames(x.shape[2], self.rule, chunk))
-        return per_frame(F.pad(x, (0, 1, 0, 1)), self.conv.weight, self.conv.bias, stride=2)
+        x = F.pad(x, (0, 1, 0, 1))
+        return per_frame(x, self.conv.weight, self.conv.bias, stride=2, by_frame=self.by_frame)
 
 
 class Upsample(nn.Module):
@@ -144,6 +147,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.in_time = in_time
         self.rule = rule
+        self.by_frame = False
 
     def forward(self, x: Tensor, chunk: Chunk, latent: Tensor | None = None) -> Tensor:
         batch, channels, frames, height, width = x.shape
@@ -152,7 +156,7 @@ class Upsample(nn.Module):
         kernels = parity_kernels(self.conv.weight)
         for row in (0, 1):
             for column in (0, 1):
-                y = per_frame(x, kernels[row][column], self.conv.bias, padding=1)
+                y = per_frame(x, kernels[row][column], self.conv.bias, padding=1, by_frame=self.by_frame)
                 y = y[:, :, :, row : row + height, column : column + width]
                 target = out[:, :, :, row::2, column::2]
                 target[:, :, :kept] = y[:, :, :kept]
@@ -161,9 +165,15 @@ class Upsample(nn.Module):
         return out
 
 
-def per_frame(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> Tensor:
-    """Return the 2D convolution of every frame; weight (O,I,kh,kw)."""
-    return F.conv3d(x, weight[:, :, None], bias, (1, stride, stride), (0, padding, padding))
+def per_frame(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0, by_frame: bool = False
+) -> Tensor:
+    """Return the 2D convolution of every frame; weight (O,I,kh,kw). by_frame: see CausalConv3d."""
+
+    def convolve(x: Tensor) -> Tensor:
+        return F.conv3d(x, weight[:, :, None], bias, (1, stride, stride), (0, padding, padding))
+
+    return in_pieces(convolve, x, 0, 1) if by_frame else convolve(x)
 
 
 def halve_time(x: Tensor, kept: int) -> Tensor:

@@ -89,7 +89,8 @@ class CogVideoXVAEConfig(Config):
     """Only read from and written to files: the predictor's card rules how an image condition is scaled."""
 
     encode: Literal["chunked", "whole"] = "chunked"
-    """chunked: `encode_chunk` frames at a time, the remainder in the first chunk; whole: in one pass.
+    """chunked: `encode_chunk` frames at a time, the remainder in the first chunk; whole: in one pass, whose
+    convolutions go frame by frame, so that several devices that share a clip give the same bits.
 
     They differ: statistics of the group norms are taken per pass.
     """

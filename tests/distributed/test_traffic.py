@@ -112,7 +112,7 @@ ULYSSES, RING, AGAIN = {"use": "cp", "ulysses": 2}, {"use": "cp", "ring": 2}, {"
 LAYERZERO = {"use": "layerzero", "zero3_size": 2}
 CHUNKS = {"encode_chunk": 4}
 WHOLE = {"encode": "whole"}
-VAE = {"use": "vae-cp", "exact": False}
+VAE = {"use": "vae-cp"}
 TWO = {
     "ddp": Case("2b", [{"use": "ddp"}]),
     "zero1": Case("1.0-t2v", [{"use": "zero1"}]),
