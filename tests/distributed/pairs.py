@@ -115,7 +115,13 @@ class Case:
     def text(self) -> str:
         """Return the recipe."""
         data = math.prod(self.ranks(name) for name in self.all if CHOICES[name].owns == "data")
-        return _recipe(self.variant, {name: self.entry(name) for name in self.all}, data)
+        entries = {name: self.entry(name) for name in self.all}
+        return _recipe(self.variant, entries, data, self.layers)
+
+    @property
+    def layers(self) -> int:
+        """Blocks of the model: enough for every schedule of a pipeline."""
+        return 4 if "pp" in self.all else 2
 
 
 def cases() -> Iterator[Case]:
@@ -136,9 +142,9 @@ def _completed(names: tuple[str, ...]) -> Case:
     return Case(names, (PARTNER,) if borrows and not has_group else ())
 
 
-def _recipe(variant: str, entries: Mapping[str, Mapping[str, Any]], data: int) -> str:
+def _recipe(variant: str, entries: Mapping[str, Mapping[str, Any]], data: int, layers: int) -> str:
     parallel = [dict(entry) for name, entry in entries.items() if not CHOICES[name].adapter]
-    content = yaml.safe_load(recipe(variant, parallel, "float64"))
+    content = yaml.safe_load(recipe(variant, parallel, "float64", layers))
     content["loader"]["batch"] = ROWS // data
     for name, entry in entries.items():
         if CHOICES[name].adapter:
@@ -147,10 +153,10 @@ def _recipe(variant: str, entries: Mapping[str, Mapping[str, Any]], data: int) -
 
 
 @cache
-def reference(variant: str, adapter: bool, encodes: bool) -> Step:
+def reference(variant: str, adapter: bool, encodes: bool, layers: int) -> Step:
     """Return what one process does."""
     entries = {name: choice.entry for name, choice in CHOICES.items() if choice.adapter and adapter}
-    return run_step(_recipe(variant, entries, 1), encoded=encodes)
+    return run_step(_recipe(variant, entries, 1, layers), encoded=encodes)
 
 
 def verify(case: Case) -> None:
@@ -158,7 +164,7 @@ def verify(case: Case) -> None:
     adapter = any(CHOICES[name].adapter for name in case.all)
     encodes = any(CHOICES[name].encodes for name in case.all)
     ranks = on_ranks(case.world, run_step, case.text(), 2, encodes)
-    check(ranks, reference(case.variant, adapter, encodes), "float64")
+    check(ranks, reference(case.variant, adapter, encodes, case.layers), "float64")
 
 
 def table(results: Mapping[tuple[str, ...], str]) -> str:

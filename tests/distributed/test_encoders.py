@@ -125,7 +125,7 @@ def coded_wide(on_ranks: bool, counts: tuple[int, ...]) -> list[Any]:
     return [coded(module, frames, (48, 64)) for frames in counts]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("world", [2, 4])
 def test_one_pass_is_the_same_to_the_bit_whatever_the_lengths(world):
     counts = (9, 17, 29)

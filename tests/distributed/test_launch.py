@@ -70,6 +70,7 @@ def test_without_strategies_two_ranks_are_refused(recipe):
     assert "Traceback" not in said.split("torch/distributed")[0]
 
 
+@pytest.mark.matrix
 def test_a_killed_rank_is_named_all_stop_and_a_restart_ends_as_if_nothing_had_been(recipe, tmp_path):
     """Two launchers, as on two hosts; rank 1 is killed in the middle of a step."""
     out, other = tmp_path / "out", tmp_path / "undisturbed"

@@ -110,7 +110,7 @@ def test_a_backend_that_torch_has_not_is_refused_before_anything_is_read():
         place(build(spec), spec)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_compiled_blocks():
     compare(
         "1.0-t2v", [{"use": "compile", "fullgraph": True}, SELECTIVE, {"use": "zero3"}], world=2, layers=2

@@ -82,6 +82,7 @@ def test_the_other_rank_names_it_and_ends(faulty, sent, recipe):
     assert re.search(rf"rank {faulty} \(\S+, process {pid}\) is gone.*All ranks stop\.", said), said
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("stopped", "terminated"), [(0, False), (0, True), (1, True)])
 def test_a_stopped_rank_keeps_no_run_going(stopped, terminated, recipe, tmp_path):
     """Also where the launcher is told to end, and passes it on to ranks of which one cannot hear it."""

@@ -105,7 +105,7 @@ def test_zero2_validates_with_the_average_as_one_process_does(tmp_path):
     compare(tmp_path, both, ["zero2"])
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 def test_other_strategies_do_too(lora, tmp_path):
     names = ["ddp", "zero3", "tp"] if lora else list(SLOW)

@@ -202,12 +202,6 @@ WRONG = {
         1,
         "codes chunks of a clip over the ranks that",
     ),
-    "no chunks to share": (
-        ["ddp", "cp, ring: 2", "vae-cp"],
-        2,
-        "autoencoder.encode is 'whole', which on several ranks is the same up to rounding only.",
-        TRAIN.replace("blocks_per_level: 1", "blocks_per_level: 1, encode: whole"),
-    ),
     "encoder-dp of what is in memory": (
         ["ddp", "cp, ring: 2", "encoder-dp"],
         2,

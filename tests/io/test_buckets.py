@@ -92,7 +92,7 @@ def test_random_lists_keep_every_law(lists: int) -> None:
             [one] = bucket
             assert {of[r.id] for loader in ranks for r in loader.rows_at(cursor)} == {one.name}
             assert sizes == {one.batch} if settings["drop_last"] else max(sizes) <= one.batch
-        if account.batches:
+        if account.batches and not number % 5:
             at = Cursor(epoch, draw.randrange(account.batches))
             again = Loader(rows, nothing, **settings)
             rest = [tuple(row.id for row in batch.rows) for _, batch in again.iterate(at, epochs=epoch + 1)]

@@ -196,7 +196,7 @@ def _profile() -> Any:
     return torch.autograd.profiler.profile(profile_memory=True)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_peaks_of_pipelines():
     cases = [[{"use": "pp", "size": 2, **fields}] for fields in PIPELINES.values()]
     cases.append([{"use": "pp", "size": 2}, {"use": "recompute"}])

@@ -90,6 +90,7 @@ def test_changes_are_ranked_by_cost_and_fit_as_said():
     }
 
 
+@pytest.mark.matrix
 def test_where_no_change_is_enough_several_are_made():
     before = planned(plan_of([{"use": "ddp"}], 8))
     spec = plan_of([{"use": "ddp"}], 8, task={"memory_gb": before.peak * 0.02 / 1e9})
@@ -101,6 +102,7 @@ def test_a_world_that_does_not_fit_the_mesh_is_refused():
         resolve(parse(text([{"use": "tp"}, {"use": "zero3"}], 7)))
 
 
+@pytest.mark.matrix
 def test_buckets_are_planned_one_by_one(tmp_path):
     recipe = yaml.safe_load(text([{"use": "zero2"}], 4, video={}, task={"flops": 1, "memory_gb": 1e-3}))
     table = {"48x80": {9: [0.5, 2], 1: [1.0, 8]}, "36p": {17: [1.0, 1]}, "96x96": {49: [0.0, 9]}}
