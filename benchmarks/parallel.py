@@ -203,6 +203,14 @@ def measure(name: str, rows: int, repeats: int) -> dict[str, Any]:
     }
 
 
+def table(record: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the table in docs/benchmarks.md."""
+    lines = ["| | times as fast as one process | more CPU time |", "|---|---|---|"]
+    for name, found in record["results"].items():
+        lines.append(f"| {name} | {found['times_as_fast']:.2f} | {found['more_cpu']:.0%} |")
+    return lines
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print a line per strategy; returns 1 where one is slower than it must be."""
     options = _parser().parse_args(arguments)

@@ -11,6 +11,7 @@ from benchmarks.harness import RESULTS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/benchmarks.md"
 RECORDS = {name: f"{name}-cpu" for name in ("loader", "memory", "decode", "overhead")}
+RECORDS["parallel"] = "parallel"
 """{module with a `table`: its record}"""
 
 
