@@ -94,8 +94,10 @@ def test_what_is_offloaded_is_not_on_the_device():
     assert all_of_it[2] == 0
 
 
-def held_of_64(recipe: str, rank: int) -> dict[str, tuple[int, ...]]:
-    """Return the local shapes of all parameters of one of 64 ranks, the only one that there is."""
+def held_of_64(recipe: str, rank: int) -> tuple[dict[str, tuple[int, ...]], tuple[int, int, int]]:
+    """Return what one of 64 ranks has, the only one that there is: the local shapes of all parameters, and
+    the bytes of these, of gradients and of the optimizer's state.
+    """
     import os
 
     import torch.distributed as dist
@@ -109,7 +111,17 @@ def held_of_64(recipe: str, rank: int) -> dict[str, tuple[int, ...]]:
     parts = parts.task.prepare(parts, spec)
     for choice in sorted(spec.parallel, key=lambda choice: choice.config.stage):
         parts = choice.build(Deps(spec)).apply(parts)
-    return {name: tuple(held(p).shape) for name, p in parts.predictor.named_parameters()}
+    parts.trained.to_empty(device="cpu")
+    named = [(name, p) for name, p in parts.predictor.named_parameters() if name in parts.trainable]
+    optimizer = parts.make_optimizer([ParamGroup(named, {})])
+    for _, param in named:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    shapes = {name: tuple(held(p).shape) for name, p in parts.predictor.named_parameters()}
+    sizes = [
+        sum(held(p).nbytes for p in found) for found in ([p for _, p in named], [p.grad for _, p in named])
+    ]
+    return shapes, (*sizes, state_bytes(optimizer))
 
 
 MIDDLE = {"num_layers": 12, "num_heads": 6, "head_dim": 64, "temb_dim": 100, "text_dim": 12}
@@ -130,8 +142,9 @@ MIDDLE = {"num_layers": 12, "num_heads": 6, "head_dim": 64, "temb_dim": 100, "te
 def test_64_ranks_hold_what_is_planned(parallel):
     layout = Layout(plan_of(parallel, 64, **MIDDLE))
     for rank in (5, 63):
-        [real] = on_ranks(1, held_of_64, text(parallel, 64, plan=False, **MIDDLE), rank)
-        assert {name: part.shape for name, part in layout.all_held(rank).items()} == real
+        [(shapes, sizes)] = on_ranks(1, held_of_64, text(parallel, 64, plan=False, **MIDDLE), rank)
+        assert {name: part.shape for name, part in layout.all_held(rank).items()} == shapes
+        assert layout.state_bytes(rank) == sizes
 
 
 def test_what_is_shared_out_adds_up():
