@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from benchmarks.harness import RESULTS, hardware, versions
+from benchmarks.harness import RESULTS, hardware, save_record, versions
 from cvx_core.building import build
 from cvx_core.device import keep_freed_memory
 from cvx_core.interfaces import Features, ParamGroup, Parts
@@ -203,6 +203,18 @@ def measure(name: str, rows: int, repeats: int) -> dict[str, Any]:
     }
 
 
+def merged(results: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Return a record of results, and of those recorded before on the same machine with as many rows."""
+    file = RESULTS / "parallel.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    place = {"hardware": {**hardware("cpu"), "threads": 1}, "versions": versions(), "rows": rows}
+    is_same = all(before.get(key) == value for key, value in place.items())
+    command = shlex.join(["python", "-m", "benchmarks.parallel", *sys.argv[1:]])
+    known = {**(before["results"] if is_same else {})}
+    known |= {name: {"command": command, **result} for name, result in results.items()}
+    return {**place, "results": {name: known[name] for name in ("pair", *STRATEGIES) if name in known}}
+
+
 def table(record: Mapping[str, Any]) -> list[str]:
     """Return the lines of the table in docs/benchmarks.md."""
     lines = ["| | times as fast as one process | more CPU time |", "|---|---|---|"]
@@ -223,14 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{result['more_cpu']:+7.1%} CPU  ({result['wall_s']:.2f} s, one {result['alone_wall_s']:.2f} s)",
             flush=True,
         )
-    record = {
-        "command": shlex.join(["python", "-m", "benchmarks.parallel", *sys.argv[1:]]),
-        "hardware": {**hardware("cpu"), "threads": 1},
-        "versions": versions(),
-        "rows": options.rows,
-        "results": results,
-    }
-    (RESULTS / "parallel.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    save_record("parallel", merged(results, options.rows))
     slow = [
         name for name, least in AT_LEAST.items() if results.get(name, {}).get("times_as_fast", least) < least
     ]
