@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -73,6 +74,13 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 }
 
 
+def _reader_is_gone() -> bool:
+    """Tell whether whoever read what is printed, such as head, has seen enough."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # 0: errors alone
+    return bool(poll.poll(0))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Dispatch a verb; everything after it goes to the verb. Returns its exit code, 2 for an unknown verb."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -80,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code = VERBS[argv[0]][0](argv[1:])
             sys.stdout.flush()
-        except BrokenPipeError:  # whoever read this, such as head, has seen enough
+        except BrokenPipeError:
+            if not _reader_is_gone():  # some other pipe, such as that of a worker
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 141
         return code

@@ -27,22 +27,22 @@ class Exchange(ABC):
     def __init__(self, module: nn.Module, names: Collection[str] | None = None):
         self._module, self._names = module, names
         self._is_last = self._queued = False
-        self._params: list[tuple[str, Tensor]] | None = None
+        self._params: list[Tensor] | None = None
 
     def before(self, is_last: bool) -> None:
         """Say whether the next backward pass is the last one of a step."""
         self._is_last = is_last
         self.params()
 
-    def params(self) -> list[tuple[str, Tensor]]:
-        """Return the parameters by name. Not sooner than training: getting memory replaces a module's."""
+    def params(self) -> list[Tensor]:
+        """Return the parameters. Not sooner than training: getting memory replaces a module's."""
         if self._params is None:
             self._params = [
-                (name, param)
+                param
                 for name, param in self._module.named_parameters()
                 if param.requires_grad and (self._names is None or name in self._names)
             ]
-            for _, param in self._params:
+            for param in self._params:
                 param.register_post_accumulate_grad_hook(self._ready)
         return self._params
 
@@ -109,7 +109,7 @@ class Averaging(Exchange):
         super().before(is_last)
         if self._holds:
             self._holds = False
-            for _, param in self.params():
+            for param in self.params():
                 if param.grad is not None:  # of the step before, and wanted still: out of the way
                     param.grad = param.grad.clone()
 

@@ -19,12 +19,14 @@ _aten = torch.ops.aten
 class Live(TorchDispatchMode):
     """Counts bytes of tensors that operations make, from when they are made to when nothing refers to them.
 
-    now, peak: bytes; flops: operations of matrix products, convolutions and attention.
+    now, peak: bytes; flops: operations of matrix products, convolutions and attention; attention_rounds: how
+    many times the keys that attention is given stand for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, attention_rounds: int = 1) -> None:
         super().__init__()
         self.now = self.peak = self.flops = 0
+        self._rounds = attention_rounds
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,7 +53,7 @@ class Live(TorchDispatchMode):
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         packet = func._overloadpacket
         if packet in _ATTENTION:
-            self.flops += _ATTENTION[packet](*args)
+            self.flops += self._rounds * _ATTENTION[packet](*args)
         elif packet in flop_registry:
             self.flops += int(flop_registry[packet](*args, **kwargs, out_val=out))
 

@@ -89,7 +89,7 @@ class Passes:
 
     def _run(self, blocks: int, first: bool, last: bool, rows: int) -> Pass:
         names = list(self._predictor.blocks)[:blocks]
-        live = Live()
+        live = Live(self.layout.size("ring"))
         with dropped_gradients(self._predictor), live:
             arrived = [] if first else self._arrived(rows)
             outputs = self._forward(names, arrived, last, rows)

@@ -16,7 +16,6 @@ from torch.autograd import Function
 from cvx_core.interfaces import Plan, Tokens
 from cvx_parallel.tensor import matching, shares
 from cvx_plugins.plan.live import attend
-from cvx_plugins.plan.ring_stand_in import Round
 
 
 class Exchanged(Function):
@@ -74,7 +73,7 @@ class Standing:
     def _fill(self) -> None:
         predictor = self._predictor
         for module in matching(predictor, self._plan.attend).values():
-            module.attend = self._ulysses if self._sizes["ulysses"] > 1 else self._attend
+            module.attend = self._ulysses if self._sizes["ulysses"] > 1 else attend
         if self._shared != self._whole:
             predictor.split, predictor.join = self._split, self._join
         if self._sizes["tp"] > 1:
@@ -89,15 +88,6 @@ class Standing:
     def _join(self, tokens: Tokens) -> Tokens:
         return tokens._replace(video=exchanged(tokens.video, 1, self._whole))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend to what is here, and along a ring to what comes by."""
-        ring, each = self._sizes["ring"], self._sizes["ulysses"]
-        if ring == 1:
-            return attend(q, k, v, mask)
-        lengths = [sum(self._runs[place * each : (place + 1) * each]) for place in range(ring)]
-        out: Tensor = Round.apply(q, k, v, self._text, lengths[:0:-1])
-        return out
-
     def _ulysses(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         ranks, text, heads = self._sizes["ulysses"], self._text, q.shape[1]
         few, seen = shares(heads, ranks)[0], sum(self._runs[:ranks])
@@ -105,7 +95,7 @@ class Standing:
         words = qkv[..., :text, :][:, :, :few]
         pixels = Exchanged.apply(qkv[..., text:, :], (3, len(q), few, seen, q.shape[3]))
         q, k, v = torch.cat((words, pixels), -2).unbind()
-        out = self._attend(q, k, v)
+        out = attend(q, k, v)
         words = exchanged(out[:, :, :text], 1, heads)
         shape = (len(q), heads, self._mine, q.shape[3])
         return torch.cat((words, Exchanged.apply(out[:, :, text:], shape)), 2)

@@ -44,6 +44,15 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly():
     assert process.returncode == 141
 
 
+def test_a_pipe_that_breaks_elsewhere_is_not_hidden(monkeypatch):
+    def broken(_argv):
+        raise BrokenPipeError("a worker is gone")
+
+    monkeypatch.setitem(cli.VERBS, "run", (broken, ""))
+    with pytest.raises(BrokenPipeError, match="a worker is gone"):
+        cli.main(["run"])
+
+
 def test_check_says_what_a_recipe_resolves_to(recipe, capsys):
     assert run.main([str(recipe), "--check"]) == 0
     out = capsys.readouterr().out

@@ -134,7 +134,8 @@ def test_an_unknown_fps_and_a_mean_alone_are_taken(folder, launch):
         save(folder / f"latents/{name}/one.npz", None, latent_mean=mean)
     launch()
     save(folder / "latents/b/one.npz", 24.0, latent_mean=mean)
-    launch(**{"dataset.fps": "ignore", "task.resume": "auto", "task.steps": 4})
+    out = launch(**{"dataset.fps": "ignore", "task.resume": "auto", "task.steps": 4})
+    assert len((out / "log.jsonl").read_text().splitlines()) == 4
 
 
 def test_missing_files_and_columns_are_named_at_once(folder, launch):

@@ -71,6 +71,8 @@ def test_a_few_bad_bytes_are_found_every_time(reader: Make, scratched: Make, scr
     path, opener = scratched(*scratch), reader("auto")
     for _ in range(8):
         clip = opener.open(path)
+        # With more threads, some of these bytes are found in most of the times only.
+        assert clip._container.streams.video[0].codec_context.thread_count == 1
         with pytest.raises(FormatError, match="cannot be decoded"):
             clip.frames(range(clip.num_frames))
         clip.close()
