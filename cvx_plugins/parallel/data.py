@@ -40,7 +40,7 @@ class Zero2:
     def apply(self, parts: Parts) -> Parts:
         if parts.mesh.size("loss") == 1:
             return parts
-        scattering = Scattering(parts.trained, parts.mesh, _dtype(self.cfg.reduce_dtype))
+        scattering = Scattering(parts.trained, parts.mesh, dtype_of(self.cfg.reduce_dtype))
         assert parts.make_optimizer is not None
         make = sliced(parts.make_optimizer, parts.mesh)
         return replace(parts, before_update=scattering.before, make_optimizer=make)
@@ -60,7 +60,7 @@ class Zero3:
             module,
             list(getattr(module, "blocks", {}).values()),
             parts.mesh.along("fsdp"),
-            policy=MixedPrecisionPolicy(reduce_dtype=_dtype(self.cfg.reduce_dtype)),
+            policy=MixedPrecisionPolicy(reduce_dtype=dtype_of(self.cfg.reduce_dtype)),
             prefetch=self.cfg.prefetch,
             methods=parts.methods,
         )
@@ -82,5 +82,6 @@ def zero3(cfg: Zero3Config, _deps: Any) -> Zero3:
     return Zero3(cfg)
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """Return torch's dtype of that name, None for none."""
     return getattr(torch, name) if name is not None else None

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -14,6 +13,7 @@ from cvx_core.interfaces import Parts
 from cvx_parallel.averaging import Averaging
 from cvx_parallel.data_parallel import shard
 from cvx_parallel.sliced import sliced
+from cvx_plugins.parallel.data import dtype_of
 from cvx_plugins.parallel.layerzero_config import LayerZeroConfig, Zero1Config
 
 
@@ -51,7 +51,7 @@ class LayerZero:
             parts.blocks,
             mesh.along("dp_replicate", "fsdp") if mesh.size("dp_replicate") > 1 else inside,
             policy=MixedPrecisionPolicy(
-                _dtype(self.cfg.param_dtype), _dtype(self.cfg.reduce_dtype), cast_forward_inputs=False
+                dtype_of(self.cfg.param_dtype), dtype_of(self.cfg.reduce_dtype), cast_forward_inputs=False
             ),
             prefetch=int(self.cfg.forward_prefetch),
             ahead_in_backward=self.cfg.backward_prefetch == "BACKWARD_PRE",
@@ -73,7 +73,3 @@ def parameters_of(module: nn.Module, names: Sequence[str]) -> Mapping[str, nn.Pa
     """Return {name: parameter} of those modules given by name that this rank has."""
     prefixes = tuple(f"{name}." for name in names)
     return {name: param for name, param in module.named_parameters() if name.startswith(prefixes)}
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    return getattr(torch, name) if name is not None else None
