@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{result['more_cpu']:+7.1%} CPU  ({result['wall_s']:.2f} s, one {result['alone_wall_s']:.2f} s)",
             flush=True,
         )
-        save_record("parallel", merged(results, options.rows))  # each time: a run that is cut short keeps these
+        save_record("parallel", merged(results, options.rows))  # what is cut short keeps these
     slow = [
         name for name, least in AT_LEAST.items() if results.get(name, {}).get("times_as_fast", least) < least
     ]

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.autograd import Function
 
-from cvx_parallel.collectives import gathered
+from cvx_parallel.collectives import Group, gathered, rank_in
 
 Sizes = tuple[int, ...]
 
@@ -26,21 +24,20 @@ def shares(count: int, world: int) -> Sizes:
 
 
 def padded(x: Tensor, dim: int, size: int) -> Tensor:
-    """Return x, contiguous, with zeros behind it up to a size along a dim."""
+    """Return x with zeros behind it up to a size along a dim."""
     if x.shape[dim] == size:
-        return x.contiguous()
+        return x
     zeros = x.new_zeros(*x.shape[:dim], size - x.shape[dim], *x.shape[dim + 1 :])
     return torch.cat((x, zeros), dim)
 
 
-def gather(x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
+def gather(x: Tensor, dim: int, sizes: Sequence[int], group: Group) -> list[Tensor]:
     """Return every rank's x, which have `sizes` along a dim. One all-gather of the largest size."""
-    whole: Tensor = functional.wait_tensor(gathered(padded(x, dim, max(sizes)), 0, group))
-    pieces = whole.chunk(len(sizes))
+    pieces = gathered(padded(x, dim, max(sizes)).contiguous(), group).chunk(len(sizes))
     return [piece.narrow(dim, 0, size) for piece, size in zip(pieces, sizes, strict=True)]
 
 
-def join(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def join(x: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
     """Return the ranks' x (B,sizes[rank],D) as one on all of them, which go on with the same computation.
 
     All ranks have the same gradient then, so that their sum, a multiple of one, needs no exchange.
@@ -51,7 +48,7 @@ def join(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
 class _Join(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: Sizes, group: Any) -> Tensor:
-        ctx.args = sizes, dist.get_rank(group)
+        ctx.args = sizes, rank_in(group)
         return torch.cat(gather(x, 1, sizes, group), dim=1)
 
     @staticmethod

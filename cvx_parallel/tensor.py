@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as functional
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -24,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from cvx_core.interfaces import Tokens
-from cvx_parallel.collectives import reduce_scattered
+from cvx_parallel.collectives import Group, exchanged, rank_in, scattered_sum, size_of, summed
 from cvx_parallel.gradients import in_buckets, local
 from cvx_parallel.pieces import Sizes, gather, join, padded, shares
 
@@ -44,7 +43,7 @@ class Exchange(Protocol):
 class Replicated:
     """Every rank has the whole sequence. One all-reduce forward, after the row layer, and one backward."""
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: Group):
         self._group = group
 
     def enter(self, x: Tensor) -> Tensor:
@@ -62,8 +61,8 @@ class Shared:
     same loss: gradients come out as many times too large as there are ranks (see `Whole`).
     """
 
-    def __init__(self, group: dist.ProcessGroup):
-        self._group, self._rank, self._world = group, dist.get_rank(group), dist.get_world_size(group)
+    def __init__(self, group: Group):
+        self._group, self._rank, self._world = group, rank_in(group), size_of(group)
         self._known: dict[tuple[int, ...], Sizes] = {}
         self._text, self._sizes = 0, (0,) * self._world
 
@@ -109,6 +108,20 @@ def matching(module: nn.Module, patterns: Iterable[str]) -> dict[str, Any]:
         for pattern in patterns
         if name.count(".") == pattern.count(".") and fnmatchcase(name, pattern)
     }
+
+
+def is_inside(name: str, modules: Iterable[str]) -> bool:
+    """Tell whether a parameter or module lies in one of the named modules."""
+    return any(name.startswith(f"{outer}.") for outer in modules)
+
+
+def share_sequence(predictor: Any, shared: Shared) -> None:
+    """Put the shares between a predictor's own split and join, and tell them of what enters each block."""
+    split, join = predictor.split, predictor.join
+    predictor.split = lambda tokens: split(shared.split(tokens))
+    predictor.join = lambda tokens: shared.join(join(tokens))
+    for block in predictor.blocks.values():
+        shared.watch(block)
 
 
 def make_column(layer: Any, mesh: DeviceMesh, exchange: Exchange | None, heads: int | None) -> None:
@@ -223,19 +236,10 @@ class Whole:
                 yield local(param.grad)
 
 
-def _done(tensor: Tensor) -> Tensor:
-    return functional.wait_tensor(tensor)
-
-
-def _sum(x: Tensor, group: Any) -> Tensor:
-    return _done(functional.all_reduce(x.contiguous(), "sum", group))
-
-
 def _scatter_sum(x: Tensor, sizes: Sizes, group: Any) -> Tensor:
     """Return this rank's part (B,sizes[rank],D) of the sum of all ranks' x (B,sum(sizes),D)."""
-    most = max(sizes)
-    pieces = [padded(piece, 1, most) for piece in x.split(sizes, dim=1)]
-    return _done(reduce_scattered(torch.cat(pieces), "sum", 0, group))[:, : sizes[dist.get_rank(group)]]
+    whole = torch.cat([padded(piece, 1, max(sizes)) for piece in x.split(sizes, dim=1)])
+    return scattered_sum(whole, group)[:, : sizes[rank_in(group)]]
 
 
 class _Copy(Function):
@@ -246,13 +250,13 @@ class _Copy(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _sum(grad, ctx.group), None
+        return summed(grad, ctx.group), None
 
 
 class _Reduce(Function):
     @staticmethod
     def forward(_ctx: Any, x: Tensor, group: Any) -> Tensor:
-        return _sum(x, group)
+        return summed(x, group)
 
     @staticmethod
     def backward(_ctx: Any, grad: Tensor) -> Any:
@@ -280,13 +284,13 @@ class _Leave(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, text: int, sizes: Sizes, group: Any) -> Tensor:
         ctx.args = text, sizes, group
-        return torch.cat([_sum(x[:, :text], group), _scatter_sum(x[:, text:], sizes, group)], dim=1)
+        return torch.cat([summed(x[:, :text], group), _scatter_sum(x[:, text:], sizes, group)], dim=1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         text, sizes, group = ctx.args
         video = gather(grad[:, text:], 1, sizes, group)
-        return torch.cat([_sum(grad[:, :text], group), *video], dim=1), None, None, None
+        return torch.cat([summed(grad[:, :text], group), *video], dim=1), None, None, None
 
 
 class _Repartition(Function):
@@ -303,9 +307,9 @@ class _Repartition(Function):
 
 
 def _move(x: Tensor, source: Sizes, target: Sizes, group: Any) -> Tensor:
-    rank = dist.get_rank(group)
+    rank = rank_in(group)
     sent, received = overlaps(rank, source, target), overlaps(rank, target, source)
-    return _done(functional.all_to_all_single(x.contiguous(), received, sent, group))
+    return exchanged(x.contiguous(), received, sent, group)
 
 
 def overlaps(rank: int, mine: Sizes, theirs: Sizes) -> list[int]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor
 
 from cvx_core.errors import CvxError
 from cvx_core.interfaces import Tokens
+from cvx_parallel.collectives import Group, rank_in
 from cvx_parallel.pieces import join, shares
 
 Slot = Callable[[Tokens], Tokens]
@@ -36,8 +36,8 @@ class Context:
     and `of_ring` return them.
     """
 
-    def __init__(self, group: dist.ProcessGroup, ring: int, ulysses: int):
-        self._group, self._rank = group, dist.get_rank(group)
+    def __init__(self, group: Group, ring: int, ulysses: int):
+        self._group, self._rank = group, rank_in(group)
         self._ring, self._ulysses = ring, ulysses
         self._now = Lengths(0, (0,) * (ring * ulysses))
 
@@ -77,6 +77,15 @@ class Context:
 
     def _sizes(self, tokens: Tokens) -> tuple[int, ...]:
         return shares(math.prod(tokens.grid), self._ring * self._ulysses)
+
+
+def share_tokens(predictor: Any, context: Context) -> None:
+    """Put a context around a predictor's own split and join, and tell it of what enters each block."""
+    split, join = predictor.split, predictor.join
+    predictor.split = lambda tokens: split(context.split(tokens))
+    predictor.join = lambda tokens: context.join(join(tokens))
+    for block in predictor.blocks.values():
+        block.run = context.watch(block.run)
 
 
 def check(q: Tensor, mask: Tensor | None, length: int, where: str) -> None:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from cvx_parallel.collectives import Group, exchanged, rank_in, size_of
 from cvx_parallel.pieces import gather, shares
 from cvx_parallel.tokens import Lengths, check
 
@@ -31,13 +31,13 @@ class Ulysses:
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
+        group: Group,
         lengths: Callable[[], Lengths],
         inner: Attend,
         where: str = "attention",
     ):
         self._group, self._lengths, self._inner, self._where = group, lengths, inner, where
-        self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
+        self._rank, self._world = rank_in(group), size_of(group)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return (B,N,L+s,K) for q, k, v (B,N,L+s,K): the text, then this rank's video.
@@ -63,20 +63,16 @@ class Ulysses:
         return self._inner(q, k, v, None)
 
 
-def swap(
-    parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: dist.ProcessGroup
-) -> tuple[Tensor, ...]:
+def swap(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: Group) -> tuple[Tensor, ...]:
     """Send part i to rank i of a group and return what each sent here, of these shapes. One all-to-all."""
     sent = torch.cat([part.reshape(-1) for part in parts])
     sizes = [torch.Size(shape).numel() for shape in shapes]
-    received = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=group)
-    pieces = received.split(sizes)
+    pieces = exchanged(sent, sizes, [part.numel() for part in parts], group).split(sizes)
     return tuple(piece.view(*shape) for piece, shape in zip(pieces, shapes, strict=True))
 
 
 def _swapped(
-    x: Tensor, cut: int, cuts: Sequence[int], join: int, joins: Sequence[int], group: dist.ProcessGroup
+    x: Tensor, cut: int, cuts: Sequence[int], join: int, joins: Sequence[int], group: Group
 ) -> Tensor:
     """Cut x along one dim, hand each rank its piece, and join what comes back along the other.
 
@@ -96,13 +92,13 @@ class _Swap(Function):
         cuts: tuple[int, ...],
         join: int,
         joins: tuple[int, ...],
-        group: dist.ProcessGroup,
+        group: Group,
     ) -> Tensor:
         ctx.way_back = (join, joins, cut, cuts, group)
         shapes = []
         for size in joins:
             shape = list(x.shape)
-            shape[cut], shape[join] = cuts[dist.get_rank(group)], size
+            shape[cut], shape[join] = cuts[rank_in(group)], size
             shapes.append(shape)
         return torch.cat(swap(x.split(cuts, cut), shapes, group), join)
 
@@ -115,7 +111,7 @@ class _GatherHeads(Function):
     """All-gather along dim 1. Ranks go on with text of their own, so their gradients are summed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], group: Group) -> Tensor:
         ctx.shape, ctx.sizes, ctx.group = x.shape, sizes, group
         return torch.cat(gather(x, 1, sizes, group), dim=1)
 

@@ -10,7 +10,7 @@ from cvx_core.strategy import Stage
 from cvx_parallel.averaging import Averaging
 from cvx_parallel.ring import Ring
 from cvx_parallel.tensor import matching
-from cvx_parallel.tokens import Context, Slot
+from cvx_parallel.tokens import Context, share_tokens
 from cvx_parallel.ulysses import Attend, Ulysses
 from cvx_plugins.parallel.cp_config import ContextConfig
 
@@ -27,10 +27,7 @@ class CP:
         if group is None:
             return parts
         context = Context(group, mesh.size("ring"), mesh.size("ulysses"))
-        predictor.split = _after(predictor.split, context.split)
-        predictor.join = _after(context.join, predictor.join)
-        for block in predictor.blocks.values():
-            block.run = context.watch(block.run)
+        share_tokens(predictor, context)
         ring, ulysses = mesh.group("ring"), mesh.group("ulysses")
         for name, module in matching(predictor, self.spec.config("predictor").plan().attend).items():
             inner: Attend = module.attend if ring is None else Ring(ring, context.of_ring, name)
@@ -50,10 +47,6 @@ class CP:
             averaging.before(is_last)
 
         return replace(parts, before_update=before)
-
-
-def _after(second: Slot, first: Slot) -> Slot:
-    return lambda tokens: second(first(tokens))
 
 
 def cp(cfg: ContextConfig, deps: Deps) -> CP:

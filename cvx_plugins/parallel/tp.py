@@ -12,9 +12,11 @@ from cvx_parallel.tensor import (
     Shared,
     Whole,
     enter_once,
+    is_inside,
     make_column,
     make_row,
     matching,
+    share_sequence,
 )
 from cvx_plugins.parallel.tp_config import TensorConfig
 
@@ -70,20 +72,6 @@ class TensorParallel:
         partial = {name for name in names - sharded if is_inside(name, around) and not is_inside(name, rows)}
         partial |= {f"{name}.lora_A.weight" for name in columns} | {f"{name}.lora_B.weight" for name in rows}
         return Whole(module, group, partial & names)
-
-
-def share_sequence(module: Any, shared: Shared) -> None:
-    """Put the shares between a predictor's own split and join, and tell them of what enters each block."""
-    split, join = module.split, module.join
-    module.split = lambda tokens: split(shared.split(tokens))
-    module.join = lambda tokens: shared.join(join(tokens))
-    for block in module.blocks.values():
-        shared.watch(block)
-
-
-def is_inside(name: str, modules: Any) -> bool:
-    """Tell whether a parameter or module lies in one of the named modules."""
-    return any(name.startswith(f"{outer}.") for outer in modules)
 
 
 def build(cfg: TensorConfig, deps: Deps) -> TensorParallel:

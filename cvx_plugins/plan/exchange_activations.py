@@ -66,6 +66,8 @@ def _of_ring(member: Member) -> Iterator[Sent]:
     """
     ranks, place, inner = member.size("ring"), member.place("ring"), member.size("ulysses")
     forward, backward = _passes(member)
+    if member.option("recompute", "mode") == "selective":
+        forward = len(member.blocks)  # what attention gave is kept
     heads = shares(member.heads, inner)[member.place("ulysses")]
     pair = 2 * member.rows * heads * member.head_width
     video = [sum(member.runs[first : first + inner]) for first in range(0, ranks * inner, inner)]

@@ -15,10 +15,11 @@ from torch.distributed.pipelining._backward import stage_backward_input
 from cvx_core.interfaces import Condition, Deps, Parts
 from cvx_core.spec import Spec
 from cvx_core.strategy import Stage
+from cvx_parallel.collectives import FirstOf
 from cvx_parallel.pipeline import accumulate
 from cvx_plugins.plan.layout import Layout, dtype_of, module_of, predictor_of
 from cvx_plugins.plan.live import Live, dropped_gradients
-from cvx_plugins.plan.stand_ins import Standing
+from cvx_plugins.plan.stand_ins import stand_in
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Pass:
 
     arriving, leaving: bytes of the tokens that other stages send and get. Of a backward pass that is split,
     to_inputs, to_weights: bytes at most in either part; between: those kept from one to the other. Neither
-    parameters nor their gradients are among them, nor what a kernel or a collective of some backend holds for
-    itself.
+    parameters nor their gradients are among them, nor what a kernel or a collective holds for itself; the
+    copies that gloo makes of what it is given are, where the recipe says `device: cpu`.
     """
 
     kept: int
@@ -57,10 +58,10 @@ class Passes:
             self._predictor.embed(latent, _timestep(1), condition)
         self.tables = live.now
         self.outline = self._predictor.outline(latent, condition)
-        video, text = self.outline.video.shape[1], self.outline.text.shape[1]
-        sizes = {axis: layout.size(axis) for axis in ("ring", "ulysses", "tp")}
+        on_cpu = layout.spec.run.device == "cpu"
+        groups = {axis: FirstOf(layout.size(axis), on_cpu) for axis in ("tp", "cp", "ring", "ulysses")}
         sequence = bool(getattr(layout.strategies.get("tp"), "sequence", False))
-        self.standing = Standing(self._predictor, layout.plan, video, text, sizes, sequence)
+        stand_in(self._predictor, layout.plan, groups, sequence)
         parts = Parts(predictor=self._predictor, trains="predictor")
         for choice in layout.spec.parallel:
             if choice.config.stage == Stage.RUN:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -56,6 +57,9 @@ class _Noting(TorchDispatchMode):
             self._note(_C10D, func, named, _ranks_of(named.get("process_group")))
         elif func.namespace == "_c10d_functional":
             self._note(_FUNCTIONAL, func, named, _ranks_of(named.get("group_name")))
+        if func.namespace == "cvx":
+            with self:  # its kernel, for what our own operations are made of
+                return func.redispatch(DispatchKeySet(DispatchKey.CPU), *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _note(self, known: Mapping[str, Any], func: Any, named: Any, ranks: tuple[int, ...]) -> None:

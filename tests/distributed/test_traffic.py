@@ -125,6 +125,8 @@ TWO = {
     "ulysses": Case("1.5-t2v", [ULYSSES]),
     "ulysses, uneven heads": Case("1.0-t2v", [ULYSSES, AGAIN], dtype="bfloat16"),
     "ring": Case("1.0-t2v", [RING, {**AGAIN, "every": 2}], batches=2, layers=3),
+    "ring, selective": Case("1.0-t2v", [RING, {**AGAIN, "mode": "selective"}]),
+    "ulysses, selective": Case("1.0-t2v", [ULYSSES, {**AGAIN, "mode": "selective"}]),
     "ring in bfloat16": Case("1.0-i2v", [RING], dtype="bfloat16"),
     "pp": Case("1.0-i2v", [PP], layers=3),
     "gpipe": Case("1.5-i2v", [{**PP, "schedule": "gpipe", "microbatches": 3}], batches=2),

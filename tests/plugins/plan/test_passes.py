@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._C._profiler import _EventType
 
 from cvx_core.building import build
 from cvx_core.interfaces import Condition, Features
@@ -169,14 +171,8 @@ PIPELINES = {
 DEEP = {**SIZES, "head_dim": 64}
 
 
-def peaks(recipes: list[str]) -> list[int]:
-    """Return the most that this rank's allocator hands out in the second step of each recipe, besides what it
-    has then.
-    """
-    return [_peak(recipe) for recipe in recipes]
-
-
-def _peak(recipe: str) -> int:
+def peak(recipe: str) -> int:
+    """Return the most that this rank's allocator hands out in the second step, besides what it has then."""
     spec = resolve(parse(recipe))
     parts = place(build(spec), spec)
     parts.predictor.train()
@@ -189,20 +185,59 @@ def _peak(recipe: str) -> int:
         with dropped_gradients(parts.predictor), _profile() as memory:
             parts.before_update(False)
             parts.forward_backward(features, draws)
-    return _now_and_peak(memory)[1]
+    return _most(memory)
+
+
+def _most(memory: Any) -> int:
+    """Return the most bytes handed out at any time of a pass that keeps nothing.
+
+    The profiler does not see what a backend's own thread gives back, which may be the last to hold a buffer
+    at the end of a collective. What is handed out anew, or is never given back, counts until the next event.
+    """
+    events = sorted(_allocations(memory), key=lambda event: event.start_time_ns)
+    sizes = [event.extra_fields.alloc_size for event in events]
+    changes, held = [0] * (len(events) + 1), {}
+    for at, (event, size) in enumerate(zip(events, sizes, strict=True)):
+        begun = held.pop(event.extra_fields.ptr, None)
+        if begun is not None:
+            changes[at if size < 0 else begun + 1] -= sizes[begun]
+        if size > 0:
+            changes[at] += size
+            held[event.extra_fields.ptr] = at
+    for begun in held.values():
+        changes[begun + 1] -= sizes[begun]
+    return max(accumulate(changes))
+
+
+def _allocations(memory: Any) -> Iterator[Any]:
+    waiting = list(memory.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            yield event
 
 
 def _profile() -> Any:
     return torch.autograd.profiler.profile(profile_memory=True)
 
 
+RECOMPUTE = {"use": "recompute"}
+SELECTIVE = {"use": "recompute", "mode": "selective"}
+ON_TWO = [
+    *([{"use": "pp", "size": 2, **fields}] for fields in PIPELINES.values()),
+    [{"use": "pp", "size": 2}, RECOMPUTE],
+    *(
+        [strategy, *again]
+        for (strategy,) in list(SHARED.values())[:4]
+        for again in ([], [RECOMPUTE], [SELECTIVE])
+    ),
+]
+
+
 @pytest.mark.matrix
-def test_peaks_of_several_ranks():
-    cases = [[{"use": "pp", "size": 2, **fields}] for fields in PIPELINES.values()]
-    cases.append([{"use": "pp", "size": 2}, {"use": "recompute"}])
-    cases.append([{"use": "cp", "ring": 2}])
-    found = on_ranks(2, peaks, [text(parallel, 2, plan=False, **DEEP) for parallel in cases])
-    for number, parallel in enumerate(cases):
-        for stage in planned(plan_of(parallel, 2, **DEEP)).stages:
-            got = found[stage.rank][number]
-            assert abs(stage.activations - got) <= 0.05 * got, (parallel, stage, got)
+@pytest.mark.parametrize("parallel", ON_TWO, ids=str)
+def test_peaks_of_two_ranks(parallel):
+    found = on_ranks(2, peak, text(parallel, 2, plan=False, **DEEP))
+    for stage in planned(plan_of(parallel, 2, **DEEP)).stages:
+        assert abs(stage.activations - found[stage.rank]) <= 0.05 * found[stage.rank], (stage, found)
