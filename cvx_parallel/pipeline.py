@@ -143,7 +143,7 @@ class Passing:
         self._stages, self._cut, self._device, self._before = stages, cut, device, before
         self._group, self._peers = group, dist.get_process_group_ranks(group)
         self._shared: Any = stages.module if isinstance(stages.module, FSDPModule) else None
-        self._sent: list[tuple[Any, Tensor]] = []
+        self._sent: dict[Action, list[tuple[Any, Tensor]]] = {}
         self._awaited: dict[Action, tuple[list[Any], list[Tensor]]] = {}
         self._inputs: dict[Place, list[Tensor]] = {}
         self._outputs: dict[Place, list[Tensor]] = {}
@@ -173,8 +173,8 @@ class Passing:
         if is_split and self._shared is not None:
             self._before(True)
             self._shared._get_fsdp_state()._root_post_backward_final_callback()
-        for work, _ in self._sent:
-            work.wait()
+        for action in list(self._sent):
+            self._arrived(action)
         return torch.stack(self._losses).sum() if self._losses else None
 
     def _last_passes(self, order: Sequence[Action]) -> set[Action]:
@@ -229,14 +229,16 @@ class Passing:
         """
         inputs, outputs = self._inputs.pop(action.place), self._outputs.pop(action.place)
         grads: Sequence[Tensor | None] = self._received(action, "RECV_B") or [None] * len(outputs)
+        # Outputs whose gradients are here have arrived. With gloo nothing tells before it is waited for.
+        self._arrived(action._replace(kind="SEND_F"))
         pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
         return inputs, [out for out, _ in pairs], [grad for _, grad in pairs]
 
     def _send_outputs(self, action: Action) -> None:
-        self._send([tensor.detach() for tensor in self._outputs[action.place]], action.stage + 1)
+        self._send(action, [tensor.detach() for tensor in self._outputs[action.place]], action.stage + 1)
 
     def _send_gradients(self, action: Action) -> None:
-        self._send(self._input_grads.pop(action.place), action.stage - 1)
+        self._send(action, self._input_grads.pop(action.place), action.stage - 1)
 
     def _receive_inputs(self, action: Action) -> None:
         self._receive(action, self._stages.expects(action.stage, action.microbatch), action.stage - 1)
@@ -244,12 +246,20 @@ class Passing:
     def _receive_gradients(self, action: Action) -> None:
         self._receive(action, self._outputs[action.place], action.stage + 1)
 
-    def _send(self, tensors: Sequence[Tensor], stage: int) -> None:
+    def _send(self, action: Action, tensors: Sequence[Tensor], stage: int) -> None:
         peer = self._peers[self._cut.rank_of(stage)]
-        self._sent = [(work, tensor) for work, tensor in self._sent if not work.is_completed()]
-        for tensor in tensors:
-            whole = tensor.contiguous()
-            self._sent.append((dist.isend(whole, peer, group=self._group), whole))
+        self._sent = {
+            earlier: pairs
+            for earlier, pairs in self._sent.items()
+            if not all(work.is_completed() for work, _ in pairs)
+        }
+        wholes = [tensor.contiguous() for tensor in tensors]
+        self._sent[action] = [(dist.isend(whole, peer, group=self._group), whole) for whole in wholes]
+
+    def _arrived(self, action: Action) -> None:
+        """Let go of what an action sent, once it has arrived."""
+        for work, _ in self._sent.pop(action, ()):
+            work.wait()
 
     def _receive(self, action: Action, like: Sequence[Tensor], stage: int) -> None:
         peer = self._peers[self._cut.rank_of(stage)]
