@@ -15,6 +15,8 @@ from cvx_core.hooks import GROUP
 LATE = (
     "transformers.models.t5.modeling_t5",
     "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.export._trace",
     "functorch.compile",
     "networkx",
     "torch.distributed.fsdp",

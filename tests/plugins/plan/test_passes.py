@@ -168,7 +168,7 @@ PIPELINES = {
     "interleaved": {"schedule": "interleaved"},
     "zero-bubble": {"schedule": "zero-bubble"},
 }
-DEEP = {**SIZES, "head_dim": 64}
+DEEP = {**SIZES, "head_dim": 64, "video": {"frames": 9, "height": 128, "width": 192}}
 
 
 def peak(recipe: str) -> int:
