@@ -10,11 +10,12 @@ CODE := cvx_core cvx_io cvx_parallel cvx_plugins tests benchmarks examples recip
 
 install: $(VENV)/installed
 
+# Python compiles what it imports; compiling all of torch beforehand takes longer than the rest of the installation.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
 	touch $@
 
 # One thread: a model this small spends more time handing work over than it saves.
