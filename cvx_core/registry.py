@@ -115,8 +115,7 @@ class Registry:
         manager.add_hookspecs(hooks)
         found: list[tuple[Component, str]] = []
         failures, torch_importers = [], []
-        for point in sorted(entry_points(group=hooks.GROUP), key=lambda point: (_package(point), point.name)):
-            package = _package(point)
+        for package, point in _by_package(entry_points(group=hooks.GROUP)):
             had_torch = "torch" in sys.modules
             try:
                 module = point.load()
@@ -208,5 +207,13 @@ def _components(module: Any) -> list[Component]:
     return components
 
 
-def _package(point: EntryPoint) -> str:
-    return point.dist.name if point.dist is not None else "(unknown package)"
+def _by_package(points: Iterable[EntryPoint]) -> list[tuple[str, EntryPoint]]:
+    """Return entry points with their packages, in order of package and name.
+
+    A package's name is parsed from its metadata each time it is asked for, so it is asked for once.
+    """
+    names = {dist: dist.name for dist in {point.dist for point in points} if dist is not None}
+    return sorted(
+        ((names[point.dist] if point.dist is not None else "(unknown package)", point) for point in points),
+        key=lambda found: (found[0], found[1].name),
+    )

@@ -133,13 +133,14 @@ class Names:
         Raises FormatError on names without a rule, and on a canonical name that would be produced twice.
         """
         foreign = list(foreign)
+        numbers = _Numbers(foreign)
         steps: dict[str, Step] = {}
         dropped: dict[str, str] = {}
         unmatched: list[str] = []
         for name in foreign:
             if not name.startswith(self.prefix):
                 dropped[name] = f"does not start with {self.prefix!r}"
-            elif (found := self._find(name, foreign)) is None:
+            elif (found := self._find(name, numbers)) is None:
                 unmatched.append(name)
             elif isinstance(found, Drop):
                 dropped[name] = found.reason
@@ -155,7 +156,8 @@ class Names:
     def plan_reverse(self, canonical: Iterable[str], where: str = "") -> Renaming:
         """Match canonical names, for writing. Raises FormatError as plan does, and on an incomplete group."""
         canonical = list(canonical)
-        found = {name: self._find_reverse(name, canonical) for name in canonical}
+        numbers = _Numbers(canonical)
+        found = {name: self._find_reverse(name, numbers) for name in canonical}
         templates = [template for rule in self.rules for template in rule.into]
         _refuse([name for name, step in found.items() if step is None], templates, where)
         return Renaming(_grouped({name: step for name, step in found.items() if step is not None}, where))
@@ -171,20 +173,20 @@ class Names:
     def split_of(self, foreign: str) -> tuple[Split | None, int]:
         """Return how tensor-parallel ranks share a foreign tensor, and the number of parts it consists of."""
         for template, rule in self._foreign:
-            if template.match(foreign) is not None:
+            if template.match(foreign, _Numbers()) is not None:
                 return rule.tp, rule.parts
         return None, 1
 
     def whole_rows(self, foreign: str) -> tuple[int, str] | None:
         """Return (n, other) where a whole tensor is known by having n times the rows of tensor `other`."""
         for template, rule in self._foreign:
-            if template.match(foreign) is not None:
+            if template.match(foreign, _Numbers()) is not None:
                 return getattr(rule, "whole", None)
         return None
 
     def holds(self, canonical: str) -> bool:
         """Tell whether a rule has a place for a canonical name."""
-        return self._find_reverse(canonical) is not None
+        return self._find_reverse(canonical, _Numbers()) is not None
 
     def preferring(self, start: str) -> Names:
         """Return the table that writes names starting with `start` where it has the choice of several."""
@@ -199,17 +201,17 @@ class Names:
     def _canonical(self) -> list[tuple[_Template, Rule]]:
         return [(_Template(template, rule), rule) for rule in self.rules for template in rule.into]
 
-    def _find(self, name: str, names: Collection[str] = ()) -> Step | Drop | None:
+    def _find(self, name: str, numbers: _Numbers) -> Step | Drop | None:
         for template, rule in self._foreign:
-            if (values := template.match(name, names)) is not None:
+            if (values := template.match(name, numbers)) is not None:
                 if isinstance(rule, Drop):
                     return rule
                 return Step(rule.parts, {name: tuple(range(rule.parts))}, _filled(rule.into, values))
         return None
 
-    def _find_reverse(self, name: str, names: Collection[str] = ()) -> Step | None:
+    def _find_reverse(self, name: str, numbers: _Numbers) -> Step | None:
         for template, rule in self._canonical:
-            if (values := template.match(name, names)) is not None:
+            if (values := template.match(name, numbers)) is not None:
                 target = self.prefix + rule.foreign.format_map(values)
                 return Step(rule.parts, _filled(rule.into, values), {target: tuple(range(rule.parts))})
         return None
@@ -239,22 +241,32 @@ class _Template:
             end = found.end()
         self.pattern = re.compile(pattern + re.escape(text[end:]), re.DOTALL)
 
-    def match(self, name: str, names: Collection[str] = ()) -> dict[str, str] | None:
-        """Return the fields of a name, None if it does not match; `names` are all, for `{~i}`."""
+    def match(self, name: str, numbers: _Numbers) -> dict[str, str] | None:
+        """Return the fields of a name, None if it does not match. numbers: those of all names, for `{~i}`."""
         found = self.pattern.fullmatch(name)
         if found is None:
             return None
         values = found.groupdict()
         if self.counts_back:
-            other = str(_highest(names, name[: found.start("i")]) - int(values["i"]))
+            other = str(numbers.highest(name[: found.start("i")]) - int(values["i"]))
             values |= {"i": other, "~i": values["i"]} if self.is_flipped else {"~i": other}
         return values
 
 
-def _highest(names: Iterable[str], before: str) -> int:
-    """Return the highest number that follows `before` in the names."""
-    numbers = (re.match(r"\d+", name[len(before) :]) for name in names if name.startswith(before))
-    return max((int(number[0]) for number in numbers if number), default=0)
+class _Numbers:
+    """The numbers in a set of names: how many blocks there are is told by the highest."""
+
+    def __init__(self, names: Collection[str] = ()):
+        self._names = names
+        self._highest: dict[str, int] = {}  # to go through all the names for each of them would take long
+
+    def highest(self, before: str) -> int:
+        """Return the highest number that follows `before` in the names, 0 where there is none."""
+        if before not in self._highest:
+            rests = (name[len(before) :] for name in self._names if name.startswith(before))
+            numbers = (re.match(r"\d+", rest) for rest in rests)
+            self._highest[before] = max((int(number[0]) for number in numbers if number), default=0)
+        return self._highest[before]
 
 
 def _grouped(steps: Mapping[str, Step], where: str) -> tuple[Step, ...]:

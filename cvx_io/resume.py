@@ -62,7 +62,8 @@ def save(
     with in_words(folder.parent), context as made, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that no process group is there
         partial = _agreed(made, alone, group)
-        dcp.save(dict(state), checkpoint_id=partial, process_group=group, no_dist=alone)
+        planner = _EachValueOnce()
+        dcp.save(dict(state), checkpoint_id=partial, planner=planner, process_group=group, no_dist=alone)
         files = _listed(partial, mesh, group)
         if first:
             manifest = {"step": step, "files": files, **record}
@@ -72,6 +73,25 @@ def save(
     if not alone:
         dist.barrier(group)
     return path
+
+
+class _EachValueOnce(dcp.DefaultSavePlanner):
+    """Torch's planner, except that a plain value which many names have is made an archive of once.
+
+    An optimizer has a dozen settings for each parameter, nearly all of them equal to those of the others.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._archives: dict[bytes, bytes] = {}
+
+    def transform_object(self, write_item: dcp.planner.WriteItem, object: Any) -> Any:
+        if not isinstance(object, bool | int | float | str | tuple | None):
+            return super().transform_object(write_item, object)
+        key = pickle.dumps(object)  # tells 1 from 1.0 and True, which are equal
+        if key not in self._archives:
+            self._archives[key] = super().transform_object(write_item, object).getvalue()
+        return io.BytesIO(self._archives[key])
 
 
 def _listed(partial: Path, mesh: Mesh | None, group: dist.ProcessGroup | None) -> dict[str, dict[str, Any]]:
@@ -274,12 +294,18 @@ class _Reader(dcp.FileSystemReader):
 class _PlainValues(dcp.DefaultLoadPlanner):
     """Torch's planner, except that a value which is no tensor may not be anything that runs on loading."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._checked: set[bytes] = set()  # many names have equal values
+
     def load_bytes(self, read_item: dcp.planner.ReadItem, value: io.BytesIO) -> None:
-        try:
-            torch.load(value, weights_only=True)
-        except Exception as error:  # torch raises whatever the damage leads to
-            name = read_item.dest_index.fqn
-            raise ValueError(f"{name!r} is no plain value: {_reason(error)}") from error
+        if (archive := value.read()) not in self._checked:
+            try:
+                torch.load(io.BytesIO(archive), weights_only=True)
+            except Exception as error:  # torch raises whatever the damage leads to
+                name = read_item.dest_index.fqn
+                raise ValueError(f"{name!r} is no plain value: {_reason(error)}") from error
+            self._checked.add(archive)
         value.seek(0)
         super().load_bytes(read_item, value)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -73,14 +74,14 @@ def pick_frames(
         return _pick_cogvideox(num_frames, fps, pick)
     if times is not None:
         return _pick_by_time(times, fps, pick, generator)
-    ratio = _exact(fps) / _exact(pick.fps)
-    span = int((pick.frames - 1) * ratio) + 1
+    per, of = (_exact(fps) / _exact(pick.fps)).as_integer_ratio()
+    span = (pick.frames - 1) * per // of + 1
     spare = num_frames - 2 * pick.skip - span
     if spare < 0 and (pick.short == "error" or num_frames <= 2 * pick.skip):
         raise _too_short(num_frames, fps, pick, span + 2 * pick.skip)
     start = pick.skip + _start(max(spare, 0), pick.start, generator)
     last = num_frames - pick.skip - 1
-    return [min(start + int(k * ratio), last) for k in range(pick.frames)]
+    return [min(start + k * per // of, last) for k in range(pick.frames)]
 
 
 def _pick_by_time(
@@ -137,6 +138,7 @@ def _pick_cogvideox(num_frames: int, fps: float, pick: Pick) -> list[int]:
     return (chosen + [chosen[-1]] * wanted)[:wanted]
 
 
+@lru_cache(maxsize=256)  # clips of a data set have few rates
 def _exact(fps: float) -> Fraction:
     """Return 30000/1001 for 29.97002997, so that no frame is missed by a rounding error."""
     return Fraction(fps).limit_denominator(1001)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from cvx_core import run
+from tests.distributed.harness import on_ranks
+
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"acme-wavedit": "predictor", "acme-hsdp": "strategy"}
 
@@ -61,10 +64,10 @@ def test_a_predictor_trains_with_a_recipe(installed, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_strategy_trains_with_a_recipe_on_several_processes(installed, tmp_path):
+def test_a_strategy_trains_with_a_recipe_on_several_processes(installed, tmp_path, monkeypatch):
+    """The ranks look for packages where this process does; with torchrun, each would import torch anew."""
     recipe = str(installed[1] / "acme-hsdp/train.yaml")
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
-    out = ("--set", f"output={tmp_path}")
-    python(installed, *launch, "-m", "cvx_core.run", recipe, *out, cwd=tmp_path)
+    monkeypatch.syspath_prepend(installed[0]["PYTHONPATH"])
+    assert on_ranks(4, run.main, [recipe, "--set", f"output={tmp_path}"]) == [0] * 4
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
     assert (tmp_path / "model/transformer/config.json").exists()

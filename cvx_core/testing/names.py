@@ -74,9 +74,9 @@ def suite(
 
     def any_one_tensor_can_be_read_alone() -> None:
         canonical = state()
-        foreign = backward(canonical)
+        rules, foreign = table(), as_tensors(backward(canonical))
         for key in canonical:
-            assert_same(dict(table().read(as_tensors(foreign)).read([key])), {key: canonical[key]})
+            assert_same(dict(rules.read(foreign).read([key])), {key: canonical[key]})
 
     return Suite.of(
         name,
