@@ -115,8 +115,7 @@ class Registry:
         manager.add_hookspecs(hooks)
         found: list[tuple[Component, str]] = []
         failures, torch_importers = [], []
-        for point in sorted(entry_points(group=hooks.GROUP), key=lambda point: (_package(point), point.name)):
-            package = _package(point)
+        for package, point in _points():
             had_torch = "torch" in sys.modules
             try:
                 module = point.load()
@@ -208,5 +207,13 @@ def _components(module: Any) -> list[Component]:
     return components
 
 
-def _package(point: EntryPoint) -> str:
-    return point.dist.name if point.dist is not None else "(unknown package)"
+def _points() -> list[tuple[str, EntryPoint]]:
+    """Return the entry points of group `cvx` with their packages, in order of packages and names."""
+    names: dict[int, str] = {}  # a distribution reads all of its metadata whenever it is asked for its name
+    points = []
+    for point in entry_points(group=hooks.GROUP):
+        key = id(point.dist)
+        if key not in names:
+            names[key] = point.dist.name if point.dist is not None else "(unknown package)"
+        points.append((names[key], point))
+    return sorted(points, key=lambda item: (item[0], item[1].name))

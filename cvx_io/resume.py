@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as meta
+from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
@@ -276,12 +277,14 @@ class _PlainValues(dcp.DefaultLoadPlanner):
 
     def load_bytes(self, read_item: dcp.planner.ReadItem, value: io.BytesIO) -> None:
         try:
-            torch.load(value, weights_only=True)
+            plain = torch.load(value, weights_only=True)
         except Exception as error:  # torch raises whatever the damage leads to
             name = read_item.dest_index.fqn
             raise ValueError(f"{name!r} is no plain value: {_reason(error)}") from error
-        value.seek(0)
-        super().load_bytes(read_item, value)
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], plain)
+        else:
+            self.state_dict[read_item.dest_index.fqn] = plain
 
 
 def _reason(error: Exception) -> str:

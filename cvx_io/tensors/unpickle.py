@@ -93,9 +93,36 @@ def load(data: bytes, where: str, allowed: Mapping[tuple[str, str], Any] | None 
 
 def _check_memo(data: bytes) -> None:
     """Raise ValueError on a place in the memo that no pickle of this length uses: all up to it get memory."""
-    for opcode, place, _ in pickletools.genops(data):
-        if opcode.name in ("PUT", "LONG_BINPUT") and (place or 0) > len(data):
-            raise ValueError(f"place {place} in the memo of a pickle of {len(data)} bytes")
+    at = 0
+    while at < len(data):
+        code = data[at]
+        at += 1
+        if code == _STOP:
+            return
+        if code not in _ARGUMENTS:
+            raise ValueError(f"at byte {at - 1}, opcode {chr(code)!r} unknown")
+        end = _end_of_argument(data, at, _ARGUMENTS[code])
+        if code == _PUT or code == _LONG_BINPUT:
+            place = int(data[at:end]) if code == _PUT else int.from_bytes(data[at:end], "little")
+            if place > len(data):
+                raise ValueError(f"place {place} in the memo of a pickle of {len(data)} bytes")
+        at = end
+    raise ValueError("the pickle ends too early")
+
+
+def _end_of_argument(data: bytes, at: int, size: int) -> int:
+    """Return where an argument that begins at a byte ends. size: as _ARGUMENTS has it."""
+    if size >= 0:
+        return at + size
+    if size in _LINES:
+        for _ in range(_LINES[size]):
+            at = data.index(b"\n", at) + 1
+        return at
+    width, signed = _COUNTED[size]
+    length = int.from_bytes(data[at : at + width], "little", signed=signed)
+    if length < 0:
+        raise ValueError(f"an argument of {length} bytes")
+    return at + width + length
 
 
 class _Unpickler(pickle.Unpickler):
@@ -155,4 +182,23 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _subclass,
 }
+_TWO_LINES = -99
+_ARGUMENTS: Mapping[int, int] = {
+    ord(opcode.code): 0
+    if opcode.arg is None
+    else _TWO_LINES
+    if opcode.arg.name == "stringnl_noescape_pair"
+    else opcode.arg.n
+    for opcode in pickletools.opcodes
+}
+"""The bytes that follow an opcode; below zero, how they tell how many they are."""
+_LINES = {pickletools.UP_TO_NEWLINE: 1, _TWO_LINES: 2}
+_COUNTED = {
+    pickletools.TAKEN_FROM_ARGUMENT1: (1, False),
+    pickletools.TAKEN_FROM_ARGUMENT4: (4, True),
+    pickletools.TAKEN_FROM_ARGUMENT4U: (4, False),
+    pickletools.TAKEN_FROM_ARGUMENT8U: (8, False),
+}
+"""(bytes, sign) of the number that comes first and says how many follow."""
+_PUT, _LONG_BINPUT, _STOP = pickle.PUT[0], pickle.LONG_BINPUT[0], pickle.STOP[0]
 _STORAGES = {kind: dtype for dtype, kind in STORAGES.items()} | {"UntypedStorage": ""}
