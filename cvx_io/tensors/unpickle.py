@@ -102,7 +102,7 @@ def _check_memo(data: bytes) -> None:
         if code not in _ARGUMENTS:
             raise ValueError(f"at byte {at - 1}, opcode {chr(code)!r} unknown")
         end = _end_of_argument(data, at, _ARGUMENTS[code])
-        if code == _PUT or code == _LONG_BINPUT:
+        if code in (_PUT, _LONG_BINPUT):
             place = int(data[at:end]) if code == _PUT else int.from_bytes(data[at:end], "little")
             if place > len(data):
                 raise ValueError(f"place {place} in the memo of a pickle of {len(data)} bytes")
