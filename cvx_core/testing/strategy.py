@@ -65,7 +65,7 @@ RECIPE: Mapping[str, Any] = {
     "autoencoder": {
         "use": "cogvideox-vae",
         "latent_channels": 2,
-        "base_channels": 8,
+        "base_channels": 4,
         "blocks_per_level": 1,
     },
     "optimizer": {"use": "adamw", "lr": 1e-3},
