@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -50,8 +50,18 @@ def shrink(params: Sequence[Tensor], most: float, norm: Tensor) -> None:
     """Scale all gradients, whose norm over the whole model is `norm`, so that it is at most `most`."""
     if bool(most / (norm + 1e-6) >= 1):  # what gradients would be multiplied by, clamped to 1
         return
-    for group in _by(lambda param: getattr(param.grad, "device_mesh", None), params).values():
-        torch.nn.utils.clip_grads_with_norm_(group, most, norm)
+    with torch.no_grad():
+        parts: list[Any] = [_Held(local(param.grad)) for param in params if param.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(parts, most, norm)
+
+
+class _Held(NamedTuple):
+    """What a rank holds of a gradient, as torch's clipping asks for it.
+
+    Of many shared-out gradients torch would first ask, for each of them, how all of them are shared out.
+    """
+
+    grad: Tensor
 
 
 def total_norm(params: Sequence[Tensor], mesh: Mesh) -> Tensor:
@@ -85,12 +95,3 @@ def _pieces(gradient: DTensor) -> int:
     """Return how many pieces a gradient is shared out in."""
     dims = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
     return math.prod(size for size, placement in dims if not placement.is_replicate())
-
-
-def _by(key: Callable[[Tensor], Any], params: Sequence[Tensor]) -> dict[Any, list[Any]]:
-    """Group parameters that have gradients."""
-    groups: dict[Any, list[Any]] = {}
-    for param in params:
-        if param.grad is not None:
-            groups.setdefault(key(param), []).append(param)
-    return groups

@@ -3,6 +3,7 @@
 What cannot be imported here is left to the ranks, which say so: an error would end the server.
 """
 
+import gc
 import pkgutil
 from contextlib import suppress
 from importlib import import_module
@@ -32,3 +33,5 @@ for package in sorted({entry.module.split(".")[0] for entry in entry_points(grou
 for name in LATE:
     with suppress(Exception):
         import_module(name)
+gc.collect()
+gc.freeze()  # or every rank would walk through all of this again and again, and copy its pages

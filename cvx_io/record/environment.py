@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from datetime import datetime, timezone
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,14 @@ def packages(name: str) -> dict[str, str]:
         match = re.match(r"[A-Za-z0-9._-]+", item)
         with suppress(metadata.PackageNotFoundError):
             if match is not None:
-                versions[match.group()] = metadata.version(match.group())
+                versions[match.group()] = _version(match.group())
     return versions
+
+
+@cache
+def _version(name: str) -> str:
+    """Return a package's version, which all of its metadata is read for."""
+    return metadata.version(name)
 
 
 def commit(package: Path) -> str | None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cvx_core.interfaces import ParamGroup
+from cvx_parallel.gradients import local
 from cvx_plugins.optimizers.adam import FUSED_DEVICES, Adam, Adam8bit
 from cvx_plugins.optimizers.adamw_config import AdamW8bitConfig, AdamWConfig
 from cvx_plugins.optimizers.splitting import split
@@ -19,7 +21,7 @@ OPTIONS = ("lr", "betas", "eps", "weight_decay")
 
 @dataclass(frozen=True)
 class AdamW:
-    """Makes torch.optim.AdamW."""
+    """Makes torch's AdamW."""
 
     cfg: AdamWConfig
 
@@ -31,7 +33,7 @@ class AdamW:
         cfg = self.cfg
         parts = split(groups, cfg.decay_norms, OPTIONS)
         fused = self._fused({p.device.type for part in parts for p in part["params"]})
-        return torch.optim.AdamW(
+        return _OfParts(
             parts, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=fused
         )
 
@@ -39,6 +41,20 @@ class AdamW:
         """Return torch's argument: True, or None for its default."""
         wanted = devices <= FUSED_DEVICES if self.cfg.fused == "auto" else self.cfg.fused
         return True if wanted else None
+
+
+class _OfParts(torch.optim.AdamW):
+    """Torch's, which computes on what this rank holds of shared-out tensors; what it keeps is shared out too.
+
+    An update is made value by value, so that nothing else is needed; and of all shared-out tensors together
+    torch first asks, for each of them, how all of them are shared out.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        is_complex: bool = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = map(local, tensors)
+        return is_complex
 
 
 def build(cfg: AdamWConfig, _deps: Any) -> AdamW | Maker:

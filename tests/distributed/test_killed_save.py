@@ -29,7 +29,7 @@ predictor:
   text_length: 4
   temb_dim: 16
 text_encoder: {use: t5, num_layers: 1, dim: 16, num_heads: 2, max_length: 4, tokenizer: bytes}
-autoencoder: {use: cogvideox-vae, latent_channels: 4, base_channels: 8, blocks_per_level: 1}
+autoencoder: {use: cogvideox-vae, latent_channels: 4, base_channels: 4, blocks_per_level: 1}
 dataset: {use: synthetic, rows: 6}
 optimizer: {use: adamw, lr: 1e-3}
 task: {use: train, steps: 3, trackers: [], save_every: 1, resume: auto}

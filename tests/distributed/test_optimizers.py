@@ -23,7 +23,7 @@ predictor:
   text_length: 5
   temb_dim: 32
 text_encoder: {use: t5, num_layers: 1, dim: 32, num_heads: 2, max_length: 5, tokenizer: bytes}
-autoencoder: {use: cogvideox-vae, latent_channels: 4, base_channels: 8, blocks_per_level: 1}
+autoencoder: {use: cogvideox-vae, latent_channels: 4, base_channels: 4, blocks_per_level: 1}
 dataset: {use: synthetic, rows: 8}
 loader: {batch: 4}
 task: {use: train, steps: 4, trackers: []}

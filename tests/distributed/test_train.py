@@ -27,7 +27,7 @@ predictor:
   text_length: 16
   temb_dim: 32
 text_encoder: {use: t5, num_layers: 1, dim: 32, num_heads: 2, tokenizer: bytes}
-autoencoder: {use: cogvideox-vae, latent_channels: 4, base_channels: 8, blocks_per_level: 1}
+autoencoder: {use: cogvideox-vae, latent_channels: 4, base_channels: 4, blocks_per_level: 1}
 dataset: {use: synthetic, rows: 9}
 optimizer: {use: adamw, lr: 1e-3}
 task: {use: train, steps: 4, trackers: [], export: {use: hf}}

@@ -15,7 +15,7 @@ RECIPE = """
 device: cpu
 dtype: float64
 video: {frames: 9, height: 32, width: 48, fps: 8}
-autoencoder: {use: cogvideox-vae, latent_channels: 4, base_channels: 8, blocks_per_level: 1}
+autoencoder: {use: cogvideox-vae, latent_channels: 4, base_channels: 4, blocks_per_level: 1}
 dataset: {use: synthetic, rows: 4}
 optimizer: {use: adamw, lr: 1e-3}
 task: {use: train-autoencoder, steps: 2, trackers: [], measure_scale: true, export: {use: hf}}
