@@ -69,7 +69,19 @@ class Passes:
         self._predictor.train()
         self._is_split = getattr(layout.strategies.get("pp"), "schedule", "") == "zero-bubble"
         self._every = int(getattr(layout.strategies.get("recompute"), "every", 1))
-        self._known: dict[tuple[int, bool, bool, int], Pass] = {}
+        self._known = sample.known.setdefault(self._depends_on(), {})
+
+    def _depends_on(self) -> str:
+        """Return what tells passes of the same sample apart; a strategy of data alone does not."""
+        layout = self.layout
+        spec, sizes = layout.spec, [layout.size(axis) for axis in ("tp", "cp", "ring", "ulysses")]
+        modules = [spec.choices.get(section) for section in ("predictor", "adapter")]
+        used = [
+            choice
+            for choice in spec.parallel
+            if choice.config.stage == Stage.RUN or choice.name in ("tp", "cp", "pp", "layerzero")
+        ]
+        return repr((modules, used, sizes, layout.dtype, self.dtype, spec.run.device))
 
     def of(self, blocks: int, first: bool, last: bool, rows: int) -> Pass:
         """Return the pass of a stage of so many blocks; first: it embeds; last: it computes the loss.
@@ -170,10 +182,14 @@ def _split(found: Pass, live: Live, given: tuple[list[Tensor], ...]) -> Pass:
 
 
 class Sample:
-    """The geometry of a recipe's rows, and what encoding one takes."""
+    """The geometry of a recipe's rows, and what encoding one takes.
+
+    known: passes of such rows that were computed, by what else they depend on, and by stage.
+    """
 
     def __init__(self, spec: Spec):
         self._spec, self._dtype = spec, dtype_of(spec)
+        self.known: dict[str, dict[tuple[int, bool, bool, int], Pass]] = {}
         self._modules = {
             section: module_of(spec, section, self._dtype)
             for section in ("text_encoder", "autoencoder")
