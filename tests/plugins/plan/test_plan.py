@@ -15,6 +15,7 @@ from cvx_core.run import main
 from cvx_core.spec import resolve
 from cvx_plugins.plan.figures import planned
 from cvx_plugins.plan.layout import Layout
+from cvx_plugins.plan.passes import Sample
 from cvx_plugins.plan.switches import changes
 from tests.plugins.plan.recipes import plan_of, text
 
@@ -88,6 +89,21 @@ def test_changes_are_ranked_by_cost_and_fit_as_said():
     assert {"recompute", "zero3", "cp ulysses 2", "tp 2 sequence", "pp 2", "lora"} <= {
         change.names[0] for change in found
     }
+
+
+def test_what_changes_share_is_what_each_would_work_out():
+    tried = [
+        [{"use": "zero2"}],
+        [{"use": "zero3"}],
+        [{"use": "zero2"}, {"use": "recompute"}],
+        [{"use": "zero2"}, {"use": "tp"}],
+        [{"use": "layerzero", "zero3_size": 2, "param_dtype": "bfloat16"}],
+    ]
+    cases = [(parallel, adapter) for parallel in tried for adapter in (None, {"use": "lora"})]
+    specs = [plan_of(parallel, 4, num_layers=1, adapter=adapter) for parallel, adapter in cases]
+    shared = Sample(specs[0])
+    for spec, case in zip(specs, cases, strict=True):
+        assert planned(spec, shared) == planned(spec), case
 
 
 @pytest.mark.matrix
