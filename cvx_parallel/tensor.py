@@ -67,9 +67,13 @@ class Shared:
         self._text, self._sizes = 0, (0,) * self._world
 
     def split(self, tokens: Tokens) -> Tokens:
-        """Keep this rank's share of the video. Positions stay whole: attention sees all of it."""
+        """Keep this rank's share of the video. Positions stay whole: attention sees all of it.
+
+        A copy: a view would keep the rest in memory, and have the first block compiled for its strides alone.
+        """
         sizes = self._known[tokens.grid] = shares(tokens.video.shape[1], self._world)
-        return tokens._replace(video=tokens.video.split(sizes, dim=1)[self._rank])
+        mine = tokens.video.split(sizes, dim=1)[self._rank]
+        return tokens._replace(video=mine.clone(memory_format=torch.contiguous_format))
 
     def join(self, tokens: Tokens) -> Tokens:
         """Return the whole video on every rank, each of which goes on with the same computation."""

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from cvx_core.errors import CvxError
@@ -42,9 +43,12 @@ class Context:
         self._now = Lengths(0, (0,) * (ring * ulysses))
 
     def split(self, tokens: Tokens) -> Tokens:
-        """Keep this rank's run of the video, and the rows of the rotary tables that belong to it."""
+        """Keep this rank's run of the video, and the rows of the rotary tables that belong to it.
+
+        A copy: a view would keep the rest in memory, and have the first block compiled for its strides alone.
+        """
         sizes = list(self._sizes(tokens))
-        mine = tokens.video.split(sizes, dim=1)[self._rank]
+        mine = tokens.video.split(sizes, dim=1)[self._rank].clone(memory_format=torch.contiguous_format)
         rope = tokens.rope
         if rope is not None:
             cos, sin = (table.split(sizes)[self._rank] for table in rope)

@@ -163,12 +163,12 @@ def test_activations_of_several_ranks(world):
 
 
 PIPELINES = {
-    "1f1b": {"stages": [2, 4]},
+    "1f1b": {"stages": [1, 3]},
     "gpipe": {"schedule": "gpipe"},
     "interleaved": {"schedule": "interleaved"},
     "zero-bubble": {"schedule": "zero-bubble"},
 }
-DEEP = {**SIZES, "head_dim": 64, "video": {"frames": 9, "height": 128, "width": 192}}
+DEEP = {**SIZES, "num_layers": 4, "head_dim": 64, "video": {"frames": 9, "height": 128, "width": 192}}
 
 
 def peak(recipe: str) -> int:
