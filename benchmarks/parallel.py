@@ -7,6 +7,7 @@ update. `pair` is the ceiling of this machine: the same as ddp, with nothing sen
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -128,6 +129,8 @@ def _serve(pipe: Connection, text: str, rank: int, world: int, folder: str) -> N
         dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
     steps = _steps(text)
     next(steps)
+    gc.collect()
+    gc.freeze()  # as a run does (cvx_core.collecting): each step would go through all that torch imported
     pipe.send("ready")
     while pipe.recv() is not None:
         began = time.process_time()
